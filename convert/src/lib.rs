@@ -1,0 +1,1 @@
+//! Turns checkpoints into quantized GGUF files.

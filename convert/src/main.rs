@@ -1,0 +1,3 @@
+//! The `fewbit-convert` command.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Speed as llama-bench measures it, with the machine's limits beside it.

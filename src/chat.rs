@@ -1,0 +1,1 @@
+//! Conversations: messages, the file's chat template, fallbacks by name.

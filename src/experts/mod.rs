@@ -1,0 +1,1 @@
+//! Where experts live: mapped file; later a cache of slots, GPU buffers.

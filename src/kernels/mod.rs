@@ -1,0 +1,1 @@
+//! Dot products and matrix products; one file an instruction set.

@@ -1,0 +1,35 @@
+//! fewbit runs Mixtral-family models in few bits on ordinary computers.
+//!
+//! The modules stand in the order of the data's way, from a file's bytes to a session's
+//! tokens; each uses only those above it:
+//!
+//! - [`quant`]: block types: layout, encode, decode
+//! - [`gguf`]: bytes ⇄ metadata and tensor table
+//! - [`tokenizer`], [`plan`]: text ⇄ ids; sizes from metadata alone
+//! - [`tensor`]: mapped file → typed rows
+//! - [`experts`]: where experts live
+//! - [`threads`], [`kernels`]: the pool; dot products and matrix products, one file an instruction set
+//! - [`model`]: configuration, weights, state, the forward pass
+//! - [`engine`]: [`Engine`](engine::Engine), the loaded model, and
+//!   [`Session`](engine::Session), one timeline with its KV cache
+//! - [`sampler`], [`chat`], [`perplexity`], [`bench`]: what is built on those two
+//! - [`cli`]: one file a command
+
+#[cfg(target_endian = "big")]
+compile_error!("GGUF files are little-endian and are mapped as they are");
+
+pub mod bench;
+pub mod chat;
+pub mod cli;
+pub mod engine;
+pub mod experts;
+pub mod gguf;
+pub mod kernels;
+pub mod model;
+pub mod perplexity;
+pub mod plan;
+pub mod quant;
+pub mod sampler;
+pub mod tensor;
+pub mod threads;
+pub mod tokenizer;

@@ -1,0 +1,1 @@
+//! Configuration, weights, state and the forward pass.

@@ -1,0 +1,1 @@
+//! Perplexity and KL divergence by llama-perplexity's rules.

@@ -1,0 +1,1 @@
+//! Sizes from metadata alone: parameters in all and at work, bytes, the RAM that a context needs.

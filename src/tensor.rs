@@ -1,0 +1,1 @@
+//! A mapped file's tensors as typed rows.

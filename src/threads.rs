@@ -1,0 +1,1 @@
+//! The thread pool: permanent workers that spin, then park.
