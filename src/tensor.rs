@@ -1,1 +1,197 @@
 //! A mapped file's tensors as typed rows.
+//!
+//! The file is mapped once, read-only, and never copied: a [`Matrix`] is a type, two extents
+//! and a range of mapped bytes, and kernels read its rows as they lie.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use crate::gguf::{Gguf, TensorInfo};
+use crate::quant::BlockType;
+
+/// What can go wrong while a file is mapped or a tensor is looked up.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be opened or mapped.
+    #[error("{}: cannot map the file: {source}", file.display())]
+    Map {
+        /// The file.
+        file: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The file is shorter than its own tensor table says (it shrank after it was read).
+    #[error("{}: tensor {tensor} ends at byte {end}, the file at {len}: it was cut off; copy or convert it again", file.display())]
+    Truncated {
+        /// The file.
+        file: PathBuf,
+        /// The first tensor that does not fit.
+        tensor: String,
+        /// Where the tensor ends, in bytes.
+        end: u64,
+        /// The mapped length in bytes.
+        len: u64,
+    },
+}
+
+/// The mapped bytes of a GGUF file and its splits.
+pub struct Mapped {
+    maps: Vec<Arc<Mmap>>,
+}
+
+impl Mapped {
+    /// Maps every file of `gguf`.
+    ///
+    /// # Errors
+    /// When a file cannot be mapped, or has become shorter than its tensor table says.
+    pub fn open(gguf: &Gguf) -> Result<Self, Error> {
+        let maps = gguf
+            .files
+            .iter()
+            .map(|path| map(path))
+            .collect::<Result<Vec<_>, _>>()?;
+        for tensor in &gguf.tensors {
+            let (end, len) = (tensor.offset + tensor.bytes, maps[tensor.file].len() as u64);
+            if end > len {
+                let file = gguf.files[tensor.file].clone();
+                return Err(Error::Truncated {
+                    file,
+                    tensor: tensor.name.clone(),
+                    end,
+                    len,
+                });
+            }
+        }
+        Ok(Self { maps })
+    }
+
+    /// The tensor's `shape[2]` matrices (one for a tensor of up to two extents), each of
+    /// `shape[1]` rows of `shape[0]` columns.
+    pub fn matrices(&self, tensor: &TensorInfo) -> Vec<Matrix> {
+        let extent = |axis: usize| tensor.shape.get(axis).copied().unwrap_or(1);
+        let (cols, rows) = (extent(0), extent(1));
+        let stride = tensor
+            .kind
+            .row_bytes(cols)
+            .expect("the reader has checked that blocks fill the rows");
+        let size = rows * stride;
+        (0..extent(2) * extent(3))
+            .map(|index| {
+                let start = tensor.offset as usize + index * size;
+                let map = Arc::clone(&self.maps[tensor.file]);
+                Matrix {
+                    kind: tensor.kind,
+                    rows,
+                    cols,
+                    stride,
+                    map,
+                    range: start..start + size,
+                }
+            })
+            .collect()
+    }
+}
+
+fn map(path: &Path) -> Result<Arc<Mmap>, Error> {
+    let failed = |source| Error::Map {
+        file: path.to_owned(),
+        source,
+    };
+    let file = File::open(path).map_err(failed)?;
+    // SAFETY: the mapping is read-only and private to this process's view. Another process that
+    // writes to the file changes weights under us, which every type here tolerates (any bytes
+    // decode to some number); one that shortens it is the user's to avoid, as for any program
+    // that maps its data.
+    let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
+    Ok(Arc::new(map))
+}
+
+/// `rows` rows of `cols` weights as they lie in the file.
+#[derive(Clone)]
+pub struct Matrix {
+    /// Type of the rows.
+    pub kind: BlockType,
+    /// Number of rows (a linear layer's outputs).
+    pub rows: usize,
+    /// Weights in a row (a linear layer's inputs).
+    pub cols: usize,
+    stride: usize,
+    map: Arc<Mmap>,
+    range: Range<usize>,
+}
+
+impl Matrix {
+    /// All rows.
+    pub fn all(&self) -> Rows<'_> {
+        Rows {
+            kind: self.kind,
+            cols: self.cols,
+            stride: self.stride,
+            bytes: &self.map[self.range.clone()],
+        }
+    }
+
+    /// The rows of `range`.
+    pub fn rows(&self, range: Range<usize>) -> Rows<'_> {
+        self.all().slice(range)
+    }
+
+    /// Bytes that the matrix takes.
+    pub fn bytes(&self) -> usize {
+        self.range.len()
+    }
+}
+
+/// A run of rows, borrowed: what kernels work on.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    /// Type of the rows.
+    pub kind: BlockType,
+    /// Weights in a row.
+    pub cols: usize,
+    /// Bytes in a row.
+    pub stride: usize,
+    /// The rows' bytes, one after the other.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> Rows<'a> {
+    /// Rows over `bytes`; `None` where `bytes` is no whole number of rows.
+    pub fn new(kind: BlockType, cols: usize, bytes: &'a [u8]) -> Option<Self> {
+        let stride = kind.row_bytes(cols).filter(|&stride| stride > 0)?;
+        bytes.len().is_multiple_of(stride).then_some(Self {
+            kind,
+            cols,
+            stride,
+            bytes,
+        })
+    }
+
+    /// Number of rows.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.bytes.len() / self.stride
+    }
+
+    /// The rows of `range`.
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        Self {
+            bytes: &self.bytes[range.start * self.stride..range.end * self.stride],
+            ..*self
+        }
+    }
+
+    /// The bytes of row `index`.
+    pub fn row(&self, index: usize) -> &'a [u8] {
+        &self.bytes[index * self.stride..(index + 1) * self.stride]
+    }
+
+    /// Decodes row `index` into `weights` (`cols` long).
+    pub fn decode(&self, index: usize, weights: &mut [f32]) {
+        self.kind.decode_row(self.row(index), weights);
+    }
+}

@@ -1,1 +1,277 @@
 //! The thread pool: permanent workers that spin, then park.
+//!
+//! A decode step of Mixtral has about 200 points at which all threads meet, so a meeting must
+//! cost about a microsecond: workers wait for the next job in a spin loop, and only park after
+//! [`SPIN`] without one. Tasks are claimed from one atomic counter, so that a slow core takes
+//! fewer and never holds up the others; a worker that wakes too late for a job simply misses
+//! it. There is one job at a time, and the caller works on it too.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a worker spins for the next job before it parks: longer than the gaps within a
+/// forward pass, shorter than anything a person or a power meter would notice.
+const SPIN: Duration = Duration::from_micros(200);
+
+/// A fixed number of threads that work on one job at a time.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// Serializes callers: there is one job at a time.
+    caller: Mutex<()>,
+}
+
+/// What the caller and the workers share.
+struct Shared {
+    /// Generation of the job in the upper bits, then [`OPEN`], then the workers that entered.
+    ticket: AtomicU64,
+    /// The next task to claim.
+    next: AtomicUsize,
+    /// Workers that have left the job.
+    left: AtomicUsize,
+    /// The job; written while no worker is inside, read only by workers inside.
+    job: std::cell::UnsafeCell<Job>,
+    /// A task has panicked: its payload.
+    panic: Mutex<Option<Box<dyn std::any::Any + Send>>>,
+    /// Which workers are parked (or about to be).
+    parked: Vec<AtomicBool>,
+    stop: AtomicBool,
+}
+
+/// The closure of the running job, its lifetime erased, and the number of its tasks.
+#[derive(Clone, Copy)]
+struct Job {
+    run: *const (dyn Fn(usize) + Sync),
+    tasks: usize,
+}
+
+/// Bits of [`Shared::ticket`]: the low 16 count workers.
+const OPEN: u64 = 1 << 16;
+const GENERATION: u64 = 1 << 17;
+
+// SAFETY: `job` is the only field that is not `Sync` by itself. It is written by the caller
+// while no worker is inside (the ticket is closed and all who entered have left) and read by
+// workers between entering and leaving; entering acquires what the caller released by opening.
+unsafe impl Sync for Shared {}
+// SAFETY: the closure pointer inside `job` is only used while the caller keeps the closure alive.
+unsafe impl Send for Shared {}
+
+impl Pool {
+    /// A pool of `threads` threads, the caller's included.
+    pub fn new(threads: usize) -> Self {
+        let workers = threads.clamp(1, usize::from(u16::MAX)) - 1;
+        let shared = Arc::new(Shared {
+            ticket: AtomicU64::new(0),
+            next: AtomicUsize::new(0),
+            left: AtomicUsize::new(0),
+            job: std::cell::UnsafeCell::new(Job {
+                run: &|_| {},
+                tasks: 0,
+            }),
+            panic: Mutex::new(None),
+            parked: (0..workers).map(|_| AtomicBool::new(false)).collect(),
+            stop: AtomicBool::new(false),
+        });
+        let workers = (0..workers)
+            .map(|index| {
+                let shared = Arc::clone(&shared);
+                std::thread::Builder::new()
+                    .name(format!("fewbit-{}", index + 1))
+                    .spawn(move || shared.work(index))
+                    .expect("a thread can be started")
+            })
+            .collect();
+        Self {
+            shared,
+            workers,
+            caller: Mutex::new(()),
+        }
+    }
+
+    /// Number of threads, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `run(task)` once for every task in `0..tasks`, on all threads, and returns when
+    /// all are done. Tasks are claimed in ascending order.
+    ///
+    /// A task must not call `run` itself: there is one job at a time.
+    ///
+    /// # Panics
+    /// If a task panics, with its payload, once all other threads have left the job.
+    pub fn run(&self, tasks: usize, run: &(dyn Fn(usize) + Sync)) {
+        if tasks <= 1 || self.workers.is_empty() {
+            (0..tasks).for_each(run);
+            return;
+        }
+        let _one_job = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = &*self.shared;
+        // SAFETY: the last job is closed and everybody has left it, so nobody else looks at
+        // `job`. The closure's lifetime is erased: `run` outlives this call, and this call does
+        // not return (or unwind) before all who entered have left.
+        unsafe {
+            *shared.job.get() = Job {
+                run: std::mem::transmute::<
+                    *const (dyn Fn(usize) + Sync),
+                    *const (dyn Fn(usize) + Sync + 'static),
+                >(run),
+                tasks,
+            };
+        }
+        shared.next.store(0, Ordering::Relaxed);
+        shared.left.store(0, Ordering::Relaxed);
+        let generation = shared.ticket.load(Ordering::Relaxed) & !(GENERATION - 1);
+        shared
+            .ticket
+            .store(generation.wrapping_add(GENERATION) | OPEN, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        for (parked, worker) in shared.parked.iter().zip(&self.workers) {
+            if parked.swap(false, Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+        let mine = catch_unwind(AssertUnwindSafe(|| shared.claim(run, tasks)));
+        // Closing the ticket keeps latecomers out; whoever is in finishes its task.
+        let entered = (shared.ticket.fetch_and(!OPEN, Ordering::AcqRel) & (OPEN - 1)) as usize;
+        let mut spins = 0u32;
+        while shared.left.load(Ordering::Acquire) < entered {
+            wait(&mut spins);
+        }
+        let theirs = shared
+            .panic
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        match (mine, theirs) {
+            (Err(payload), _) | (Ok(()), Some(payload)) => resume_unwind(payload),
+            (Ok(()), None) => {}
+        }
+    }
+
+    /// Cuts `items` into chunks of `chunk` and calls `run(index, chunk)` for each, in parallel.
+    pub fn chunks<T: Send>(
+        &self,
+        items: &mut [T],
+        chunk: usize,
+        run: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        let (len, base) = (items.len(), Items(items.as_mut_ptr()));
+        self.run(len.div_ceil(chunk), &|index| {
+            let start = index * chunk;
+            // SAFETY: chunks do not overlap, lie inside `items`, and each is visited once;
+            // `items` is borrowed for the whole call.
+            let part =
+                unsafe { std::slice::from_raw_parts_mut(base.at(start), chunk.min(len - start)) };
+            run(index, part);
+        });
+    }
+}
+
+/// The start of a slice that tasks take disjoint parts of.
+struct Items<T>(*mut T);
+
+// SAFETY: see `Pool::chunks`: parts are disjoint and `T: Send`.
+unsafe impl<T: Send> Sync for Items<T> {}
+
+impl<T> Items<T> {
+    fn at(&self, index: usize) -> *mut T {
+        self.0.wrapping_add(index)
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker cannot panic: tasks are caught.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    /// A worker's life.
+    fn work(&self, index: usize) {
+        let mut seen = 0;
+        loop {
+            let ticket = self.next_ticket(index, seen);
+            if self.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            if self
+                .ticket
+                .compare_exchange(ticket, ticket + 1, Ordering::AcqRel, Ordering::Relaxed)
+                .is_err()
+            {
+                continue;
+            }
+            seen = ticket & !(GENERATION - 1);
+            // SAFETY: this worker has entered an open job: `job` is stable, and the closure is
+            // alive, until it leaves.
+            let Job { run, tasks } = unsafe { *self.job.get() };
+            // SAFETY: as above.
+            let run = unsafe { &*run };
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.claim(run, tasks))) {
+                self.next.store(tasks, Ordering::Relaxed);
+                *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
+            }
+            self.left.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    /// Waits for an open job of another generation than `seen` (or for the end).
+    fn next_ticket(&self, index: usize, seen: u64) -> u64 {
+        let news = || {
+            let ticket = self.ticket.load(Ordering::SeqCst);
+            let fresh = ticket & OPEN != 0 && ticket & !(GENERATION - 1) != seen;
+            (fresh || self.stop.load(Ordering::SeqCst)).then_some(ticket)
+        };
+        let start = Instant::now();
+        loop {
+            for _ in 0..64 {
+                if let Some(ticket) = news() {
+                    return ticket;
+                }
+                std::hint::spin_loop();
+            }
+            if start.elapsed() > SPIN {
+                // The caller opens, then looks at `parked`; we set `parked`, then look at the
+                // ticket: one of the two sees the other.
+                self.parked[index].store(true, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
+                if let Some(ticket) = news() {
+                    self.parked[index].store(false, Ordering::SeqCst);
+                    return ticket;
+                }
+                std::thread::park();
+            }
+        }
+    }
+
+    /// Claims and runs tasks until none is left.
+    fn claim(&self, run: &(dyn Fn(usize) + Sync), tasks: usize) {
+        loop {
+            let task = self.next.fetch_add(1, Ordering::Relaxed);
+            if task >= tasks {
+                return;
+            }
+            run(task);
+        }
+    }
+}
+
+/// Spins, and gives the core away now and then: on a busy machine the thread that we wait for
+/// may need it.
+fn wait(spins: &mut u32) {
+    *spins += 1;
+    if (*spins).is_multiple_of(1 << 12) {
+        std::thread::yield_now();
+    } else {
+        std::hint::spin_loop();
+    }
+}

@@ -1,1 +1,65 @@
 //! Dot products and matrix products; one file an instruction set.
+//!
+//! A kernel multiplies rows of blocks, as they lie in the file, with rows of activations.
+//! Which instruction set is used is decided once, at start-up: [`Kernels::best`] takes the
+//! widest that the CPU has, [`Kernels::named`] the one asked for, and both hand out a table of
+//! functions that is the same for the rest of the process. The scalar table is the truth: it
+//! exists everywhere, and tests hold every other against it.
+//!
+//! Quantized rows meet activations of 8 bits with one scale for each 32 ([`Activations`]);
+//! F32, F16 and BF16 rows meet the activations in f32.
+
+pub mod activations;
+pub mod scalar;
+
+pub use activations::{Activation, Activations};
+
+use crate::quant::BlockType;
+use crate::tensor::Rows;
+
+/// Dots every row of `rows` with one activation row: `out[r] = rows[r] · x`.
+///
+/// `out` is as long as there are rows; `x` has `rows.cols` columns.
+pub type DotRows = fn(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]);
+
+/// The functions of one instruction set.
+#[derive(Clone, Copy)]
+pub struct Kernels {
+    /// What `--kernels` calls it: `scalar`, `avx2`, `avx512`, `neon`.
+    pub name: &'static str,
+    /// The dot product for each type.
+    pub dot: fn(BlockType) -> DotRows,
+    /// Quantizes activations: see [`activations::quantize`].
+    pub quantize: fn(x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [i16]),
+    /// Dots f32 with f16: `Σ x[i] · y[i]` (a query with a key).
+    pub dot_f16: fn(x: &[f32], y: &[half::f16]) -> f32,
+    /// `acc[i] += a · y[i]` (a weight times a value vector).
+    pub axpy_f16: fn(a: f32, y: &[half::f16], acc: &mut [f32]),
+}
+
+impl Kernels {
+    /// All tables that this CPU can run, the widest last; the first is [`scalar::KERNELS`].
+    pub fn available() -> Vec<&'static Kernels> {
+        vec![&scalar::KERNELS]
+    }
+
+    /// The widest that this CPU can run.
+    pub fn best() -> &'static Kernels {
+        Self::available()
+            .pop()
+            .expect("scalar kernels exist everywhere")
+    }
+
+    /// The table of that name, if this CPU can run it.
+    pub fn named(name: &str) -> Option<&'static Kernels> {
+        Self::available()
+            .into_iter()
+            .find(|kernels| kernels.name == name)
+    }
+
+    /// `out[r] = rows[r] · x`.
+    pub fn dot_rows(&self, rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
+        debug_assert_eq!((rows.cols, rows.len()), (x.x.len(), out.len()));
+        (self.dot)(rows.kind)(rows, x, out);
+    }
+}
