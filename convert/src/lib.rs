@@ -1,1 +1,3 @@
 //! Turns checkpoints into quantized GGUF files.
+
+pub mod recipe;
