@@ -1,63 +1,45 @@
 //! GGUF: the file format's header, metadata and tensor table, read and written.
 //!
-//! `read` opens a file (and, for `-00001-of-0000N` names, all its splits) and checks every
-//! count, length, offset, dimension and type before it is used; `Writer` writes version 3
-//! with the default alignment (32), streaming.
+//! [`read`] opens a file (and, for `-00001-of-0000N` names, all its splits) and checks every
+//! count, length, offset, dimension and type before it is used; [`Writer`] writes version 3
+//! with the default alignment (32), streaming. Neither maps the file: a reader of weights
+//! takes place and length of a tensor from its [`TensorInfo`].
 //! Specification: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
+//!
+//! ```text
+//! "GGUF"  version u32  tensors u64  pairs u64
+//! pairs × { key, type u32, value }                   strings: length u64, UTF-8
+//! tensors × { name, n_dims u32, extents u64 × n_dims, type u32, offset u64 }
+//! zeros up to a multiple of the alignment            offsets count from here
+//! tensor data, each tensor at a multiple of the alignment
+//! ```
 
+mod error;
+mod metadata;
+pub mod names;
+mod read;
+mod split;
+mod value;
+mod write;
+
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use crate::quant::BlockType;
 
+pub use error::Error;
+pub use metadata::Metadata;
+pub use read::{parse, read};
+pub use value::{Array, Value};
+pub use write::{Layout, TensorDecl, Writer, write_whole};
+
 /// Alignment of tensor data where the file does not say otherwise (and always in files that we write).
 pub const DEFAULT_ALIGNMENT: u64 = 32;
 
-/// A metadata value.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Value {
-    U8(u8),
-    I8(i8),
-    U16(u16),
-    I16(i16),
-    U32(u32),
-    I32(i32),
-    F32(f32),
-    Bool(bool),
-    String(String),
-    Array(Array),
-    U64(u64),
-    I64(i64),
-    F64(f64),
-}
-
-/// A metadata array: typed, so that a vocabulary's scores are one `Vec<f32>`.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Array {
-    U8(Vec<u8>),
-    I8(Vec<i8>),
-    U16(Vec<u16>),
-    I16(Vec<i16>),
-    U32(Vec<u32>),
-    I32(Vec<i32>),
-    F32(Vec<f32>),
-    Bool(Vec<bool>),
-    String(Vec<String>),
-    Array(Vec<Array>),
-    U64(Vec<u64>),
-    I64(Vec<i64>),
-    F64(Vec<f64>),
-}
-
-/// Key-value pairs in the order of the file.
-///
-/// Getters (to be written): `get(&str) -> Option<&Value>`, `insert`, `remove`, `iter`, and typed
-/// ones that return `Result<Option<T>, Error>` (absent is `None`; wrong type is an error that names file and key;
-/// any integer type that fits is accepted): `u32`, `u64`, `f32`, `bool`, `str`, `strings`, `f32s`, `i32s`; and
-/// `require_*` forms or a helper for "missing key" errors.
-#[derive(Clone, Debug, Default)]
-pub struct Metadata {
-    entries: Vec<(String, Value)>,
-}
+const MAGIC: [u8; 4] = *b"GGUF";
+const KEY_ALIGNMENT: &str = "general.alignment";
+/// Dimensions that a tensor may have in ggml.
+const MAX_DIMS: usize = 4;
 
 /// A tensor as the table describes it.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,6 +58,28 @@ pub struct TensorInfo {
     pub bytes: u64,
 }
 
+impl TensorInfo {
+    /// Weights in a row.
+    pub fn columns(&self) -> usize {
+        self.shape[0]
+    }
+
+    /// Rows, over all further dimensions.
+    pub fn rows(&self) -> usize {
+        self.shape[1..].iter().product()
+    }
+
+    /// Weights.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Bytes of a row.
+    pub fn row_bytes(&self) -> usize {
+        (self.bytes / self.rows() as u64) as usize
+    }
+}
+
 /// A GGUF file (all its splits): metadata and tensor table, checked.
 #[derive(Clone, Debug)]
 pub struct Gguf {
@@ -85,4 +89,22 @@ pub struct Gguf {
     pub metadata: Metadata,
     /// All tensors, in the order of the files.
     pub tensors: Vec<TensorInfo>,
+    /// Name → index into `tensors`.
+    index: HashMap<String, usize>,
+}
+
+impl Gguf {
+    /// The tensor of this name.
+    pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
+        self.index.get(name).map(|&index| &self.tensors[index])
+    }
+}
+
+/// Bytes that a tensor takes: `None` if its blocks do not fill a row.
+/// `Err` never: an overflow is `None` as well, no file is that long.
+fn tensor_bytes(kind: BlockType, shape: &[usize]) -> Option<u64> {
+    let (&columns, rest) = shape.split_first()?;
+    let row = kind.row_bytes(columns)? as u64;
+    rest.iter()
+        .try_fold(row, |bytes, &extent| bytes.checked_mul(extent as u64))
 }
