@@ -1,0 +1,233 @@
+//! IQ4_NL and IQ4_XS: four bits that index a table of unevenly spaced values.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::float::F16;
+use super::legacy::{pack_nibbles, unpack_nibbles};
+use super::search::{ZERO, error_weights, inverse, largest, nearest_int};
+use super::{Block, BlockType, Encode};
+
+/// The values that four bits stand for (the table is part of the format): dense near zero,
+/// where most weights are.
+pub const IQ4_VALUES: [i8; 16] = [
+    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
+];
+
+/// Middles between neighbours of [`IQ4_VALUES`]: from `MIDDLES[i]` on, value `i + 1` is nearer.
+const MIDDLES: [f32; 15] = {
+    let mut middles = [0.0; 15];
+    let mut i = 0;
+    while i < 15 {
+        middles[i] = (IQ4_VALUES[i] as f32 + IQ4_VALUES[i + 1] as f32) / 2.0;
+        i += 1;
+    }
+    middles
+};
+
+/// 32 weights of 4 bits: `w = d·value[q]`.
+///
+/// ```text
+/// byte 0   2                                   18
+///      ┌───┬─────┬─────┬─────┬─ ─ ─ ─ ─ ┬─────┐
+///      │ d │16│ 0│17│ 1│18│ 2│          │31│15│   qs[j]: weight j low, weight j + 16 high
+///      └───┴─────┴─────┴─────┴─ ─ ─ ─ ─ ┴─────┘
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+#[allow(missing_docs)] // the picture above
+pub struct BlockIQ4NL {
+    pub d: F16,
+    pub qs: [u8; 16],
+}
+
+/// 256 weights of 4 bits, a 6-bit scale for each 32 of them: `w = d·(s − 32)·value[q]`.
+///
+/// ```text
+/// byte 0   2          4          8                                       136
+///      ┌───┬──────────┬──────────┬─────────┬─────────┬─ ─ ─ ─ ─┬─────────┐
+///      │ d │ scales_h │ scales_l │ weights │ weights │         │ weights │
+///      │   │  8 × 2   │  8 × 4   │  0..32  │ 32..64  │         │224..256 │
+///      └───┴──────────┴──────────┴─────────┴─────────┴─ ─ ─ ─ ─┴─────────┘
+/// scale i: low bits in nibble i of scales_l, high bits at 2·i of scales_h
+/// within 32 weights: byte j holds weight j low, weight j + 16 high
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+#[allow(missing_docs)] // the picture above
+pub struct BlockIQ4XS {
+    pub d: F16,
+    pub scales_h: [u8; 2],
+    pub scales_l: [u8; 4],
+    pub qs: [[u8; 16]; 8],
+}
+
+const _: () = assert!(size_of::<BlockIQ4NL>() == 18 && size_of::<BlockIQ4XS>() == 136);
+
+#[inline]
+fn decode_group(scale: f32, qs: &[u8; 16], weights: &mut [f32]) {
+    for (weight, index) in weights.iter_mut().zip(unpack_nibbles(qs)) {
+        *weight = scale * f32::from(IQ4_VALUES[usize::from(index)]);
+    }
+}
+
+/// Index of the value nearest to `x`, the upper one of two.
+#[inline]
+fn nearest_index(x: f32) -> u8 {
+    MIDDLES.iter().map(|&middle| u8::from(!(x < middle))).sum()
+}
+
+/// The value nearest to `x`: adds up the steps between the values that lie below.
+#[inline]
+fn nearest_value(x: f32) -> f32 {
+    let mut value = f32::from(IQ4_VALUES[0]);
+    for (i, &middle) in MIDDLES.iter().enumerate() {
+        let step = f32::from(IQ4_VALUES[i + 1]) - f32::from(IQ4_VALUES[i]);
+        value += if x < middle { 0.0 } else { step };
+    }
+    value
+}
+
+/// Indices of 32 weights at a scale, packed.
+#[inline]
+fn encode_group(scale: f32, x: &[f32]) -> [u8; 16] {
+    let inverse_scale = inverse(scale);
+    pack_nibbles(&std::array::from_fn(|j| {
+        nearest_index(inverse_scale * x[j])
+    }))
+}
+
+/// The scale of 32 weights with the least weighted error: the largest is put at −127 as a start,
+/// then at each of −134..=−120.
+fn group_scale(x: &[f32], weights: &[f32; 32]) -> f32 {
+    const TRIES: usize = 16;
+    let (max, magnitude) = largest(x);
+    if magnitude < ZERO {
+        return 0.0;
+    }
+    let lowest = f32::from(IQ4_VALUES[0]);
+    let inverse_scales: [f32; TRIES] = std::array::from_fn(|i| match i {
+        0 => 1.0 / (-max / lowest),
+        _ => (i as f32 - 8.0 + lowest) / max,
+    });
+    let mut sum_wqx = [0f32; TRIES];
+    let mut sum_wqq = [0f32; TRIES];
+    for (&x, &w) in x.iter().zip(weights) {
+        for i in 0..TRIES {
+            let q = nearest_value(inverse_scales[i] * x);
+            let wq = w * q;
+            sum_wqx[i] += wq * x;
+            sum_wqq[i] += wq * q;
+        }
+    }
+    let mut scale = 0.0;
+    let mut best = 0.0;
+    for (i, (wqx, wqq)) in sum_wqx.into_iter().zip(sum_wqq).enumerate() {
+        if wqq > 0.0 && (i == 0 || wqx * wqx > best * wqq) {
+            scale = wqx / wqq;
+            best = scale * wqx;
+        }
+    }
+    scale
+}
+
+/// Weights of the error in a group: importance · √(σ² + x²), or `x²` without importance.
+#[inline]
+fn group_weights(x: &[f32], importance: Option<&[f32]>, sigma2: f32) -> [f32; 32] {
+    match importance {
+        Some(importance) => error_weights(importance, sigma2, x),
+        None => std::array::from_fn(|j| x[j] * x[j]),
+    }
+}
+
+/// Twice the mean square of a block.
+#[inline]
+fn sigma2(x: &[f32]) -> f32 {
+    let sum = x.iter().fold(0.0, |sum, &x| sum + x * x);
+    sum * (2.0 / x.len() as f32)
+}
+
+impl Block for BlockIQ4NL {
+    const TYPE: BlockType = BlockType::IQ4_NL;
+    const LEN: usize = 32;
+
+    #[inline]
+    fn decode(&self, weights: &mut [f32]) {
+        decode_group(self.d.to_f32(), &self.qs, weights);
+    }
+}
+
+impl Encode for BlockIQ4NL {
+    fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
+        for (i, (block, x)) in blocks.iter_mut().zip(row.chunks_exact(32)).enumerate() {
+            let importance = importance.map(|importance| &importance[i * 32..][..32]);
+            let d = group_scale(x, &group_weights(x, importance, sigma2(x)));
+            *block = BlockIQ4NL {
+                d: F16::from_f32(d),
+                qs: encode_group(d, x),
+            };
+        }
+    }
+}
+
+impl BlockIQ4XS {
+    /// Scale of group `i`, in units of `d`: −32..32.
+    #[inline]
+    pub fn scale(&self, i: usize) -> i32 {
+        let low = self.scales_l[i / 2] >> (4 * (i % 2)) & 15;
+        let high = u16::from_le_bytes(self.scales_h) >> (2 * i) & 3;
+        i32::from(low) + i32::from(high) * 16 - 32
+    }
+}
+
+impl Block for BlockIQ4XS {
+    const TYPE: BlockType = BlockType::IQ4_XS;
+    const LEN: usize = 256;
+
+    #[inline]
+    fn decode(&self, weights: &mut [f32]) {
+        let d = self.d.to_f32();
+        for (i, (qs, weights)) in self.qs.iter().zip(weights.chunks_exact_mut(32)).enumerate() {
+            decode_group(d * self.scale(i) as f32, qs, weights);
+        }
+    }
+}
+
+impl Encode for BlockIQ4XS {
+    fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
+        for (i, (block, x)) in blocks.iter_mut().zip(row.chunks_exact(256)).enumerate() {
+            let importance = importance.map(|importance| &importance[i * 256..][..256]);
+            *block = encode_super_block(x, importance);
+        }
+    }
+}
+
+/// Finds the eight scales one by one, then rounds them to multiples of `d`, which puts the
+/// largest at −32, and indexes the weights anew.
+fn encode_super_block(x: &[f32], importance: Option<&[f32]>) -> BlockIQ4XS {
+    let sigma2 = sigma2(x);
+    let scales: [f32; 8] = std::array::from_fn(|i| {
+        let group = i * 32..(i + 1) * 32;
+        let importance = importance.map(|importance| &importance[group.clone()]);
+        group_scale(
+            &x[group.clone()],
+            &group_weights(&x[group.clone()], importance, sigma2),
+        )
+    });
+    let (largest_scale, _) = largest(&scales);
+    let d = -largest_scale / 32.0;
+    let inverse_d = inverse(d);
+    let mut block = BlockIQ4XS {
+        d: F16::from_f32(d),
+        ..Zeroable::zeroed()
+    };
+    let mut scales_h = 0u16;
+    for (i, (scale, x)) in scales.into_iter().zip(x.chunks_exact(32)).enumerate() {
+        let level = nearest_int(inverse_d * scale).clamp(-32, 31);
+        block.qs[i] = encode_group(d * level as f32, x);
+        let bits = (level + 32) as u8;
+        block.scales_l[i / 2] |= (bits & 15) << (4 * (i % 2));
+        scales_h |= u16::from(bits >> 4) << (2 * i);
+    }
+    block.scales_h = scales_h.to_le_bytes();
+    block
+}

@@ -1,0 +1,340 @@
+//! Blocks of 32 weights with one scale: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
+//!
+//! `_0`: symmetric, `w = d·(q − half)`; `_1`: with a minimum, `w = d·q + m`.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::float::F16;
+use super::search::{error_weights, inverse, largest, mean_square, symmetric, truncate};
+use super::{Block, BlockType, Encode};
+
+const LEN: usize = 32;
+
+/// 32 weights of 4 bits: `w = d·(q − 8)`.
+///
+/// ```text
+/// byte 0   2                                   18
+///      ┌───┬─────┬─────┬─────┬─ ─ ─ ─ ─ ┬─────┐
+///      │ d │16│ 0│17│ 1│18│ 2│          │31│15│   qs[j]: weight j low, weight j + 16 high
+///      └───┴─────┴─────┴─────┴─ ─ ─ ─ ─ ┴─────┘
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+#[allow(missing_docs)] // the picture above
+pub struct BlockQ4_0 {
+    pub d: F16,
+    pub qs: [u8; 16],
+}
+
+/// 32 weights of 4 bits with a minimum: `w = d·q + m`.
+///
+/// ```text
+/// byte 0   2   4                                   20
+///      ┌───┬───┬─────┬─────┬─────┬─ ─ ─ ─ ─ ┬─────┐
+///      │ d │ m │16│ 0│17│ 1│18│ 2│          │31│15│   qs[j]: weight j low, weight j + 16 high
+///      └───┴───┴─────┴─────┴─────┴─ ─ ─ ─ ─ ┴─────┘
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+#[allow(missing_docs)] // the picture above
+pub struct BlockQ4_1 {
+    pub d: F16,
+    pub m: F16,
+    pub qs: [u8; 16],
+}
+
+/// 32 weights of 5 bits: `w = d·(q − 16)`.
+///
+/// ```text
+/// byte 0   2        6                             22
+///      ┌───┬────────┬─────┬─────┬─ ─ ─ ─ ─ ┬─────┐
+///      │ d │ qh[4]  │16│ 0│17│ 1│          │31│15│   qs[j]: weight j low, weight j + 16 high
+///      └───┴────────┴─────┴─────┴─ ─ ─ ─ ─ ┴─────┘
+///            bit j of the 32: the fifth bit of weight j
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+#[allow(missing_docs)] // the picture above
+pub struct BlockQ5_0 {
+    pub d: F16,
+    pub qh: [u8; 4],
+    pub qs: [u8; 16],
+}
+
+/// 32 weights of 5 bits with a minimum: `w = d·q + m`.
+///
+/// ```text
+/// byte 0   2   4        8                             24
+///      ┌───┬───┬────────┬─────┬─────┬─ ─ ─ ─ ─ ┬─────┐
+///      │ d │ m │ qh[4]  │16│ 0│17│ 1│          │31│15│   qs[j]: weight j low, weight j + 16 high
+///      └───┴───┴────────┴─────┴─────┴─ ─ ─ ─ ─ ┴─────┘
+///                bit j of the 32: the fifth bit of weight j
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+#[allow(missing_docs)] // the picture above
+pub struct BlockQ5_1 {
+    pub d: F16,
+    pub m: F16,
+    pub qh: [u8; 4],
+    pub qs: [u8; 16],
+}
+
+/// 32 weights of 8 bits: `w = d·q`.
+///
+/// ```text
+/// byte 0   2                       34
+///      ┌───┬───┬───┬─ ─ ─ ─ ─ ┬───┐
+///      │ d │ 0 │ 1 │          │31 │   qs[j]: weight j, signed
+///      └───┴───┴───┴─ ─ ─ ─ ─ ┴───┘
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+#[allow(missing_docs)] // the picture above
+pub struct BlockQ8_0 {
+    pub d: F16,
+    pub qs: [i8; 32],
+}
+
+const _: () = assert!(
+    size_of::<BlockQ4_0>() == 18
+        && size_of::<BlockQ4_1>() == 20
+        && size_of::<BlockQ5_0>() == 22
+        && size_of::<BlockQ5_1>() == 24
+        && size_of::<BlockQ8_0>() == 34
+);
+
+/// Packs the low four bits of 32 levels.
+#[inline]
+pub(super) fn pack_nibbles(levels: &[u8; LEN]) -> [u8; LEN / 2] {
+    std::array::from_fn(|j| (levels[j] & 15) | levels[j + 16] << 4)
+}
+
+/// The 32 levels that [`pack_nibbles`] packed.
+#[inline]
+pub(super) fn unpack_nibbles(qs: &[u8; LEN / 2]) -> [u8; LEN] {
+    std::array::from_fn(|j| if j < 16 { qs[j] & 15 } else { qs[j - 16] >> 4 })
+}
+
+/// Packs the fifth bit of 32 levels.
+#[inline]
+fn pack_fifth_bits(levels: &[u8; LEN]) -> [u8; 4] {
+    let bits = levels
+        .iter()
+        .rev()
+        .fold(0u32, |bits, &level| bits << 1 | u32::from(level >> 4 & 1));
+    bits.to_le_bytes()
+}
+
+/// The 32 levels of five bits each.
+#[inline]
+fn unpack_five_bits(qh: [u8; 4], qs: &[u8; LEN / 2]) -> [u8; LEN] {
+    let high = u32::from_le_bytes(qh);
+    let low = unpack_nibbles(qs);
+    std::array::from_fn(|j| low[j] | (high >> j & 1) as u8 * 16)
+}
+
+#[inline]
+fn decode_symmetric(d: F16, half: u8, levels: [u8; LEN], weights: &mut [f32]) {
+    let d = d.to_f32();
+    for (weight, level) in weights.iter_mut().zip(levels) {
+        *weight = f32::from(level as i8 - half as i8) * d;
+    }
+}
+
+#[inline]
+fn decode_affine(d: F16, m: F16, levels: [u8; LEN], weights: &mut [f32]) {
+    let (d, m) = (d.to_f32(), m.to_f32());
+    for (weight, level) in weights.iter_mut().zip(levels) {
+        *weight = f32::from(level) * d + m;
+    }
+}
+
+/// Scale and levels `0..2·half` of a symmetric block: the weight of largest magnitude gets the
+/// lowest level, which has no counterpart above.
+#[inline]
+fn round_symmetric(half: u8, x: &[f32]) -> (F16, [u8; LEN]) {
+    let (max, _) = largest(x);
+    let middle = f32::from(half);
+    let d = max / -middle;
+    let id = inverse(d);
+    let top = 2 * half as i8 - 1;
+    let levels =
+        std::array::from_fn(|j| (truncate(x[j] * id + (middle + 0.5)) as i8).min(top) as u8);
+    (F16::from_f32(d), levels)
+}
+
+/// Scale, minimum and levels `0..=top` of a block with a minimum.
+#[inline]
+fn round_affine(top: u8, x: &[f32]) -> (F16, F16, [u8; LEN]) {
+    let (min, max) = x.iter().fold((f32::MAX, f32::MIN), |(min, max), &x| {
+        (if x < min { x } else { min }, if x > max { x } else { max })
+    });
+    let d = (max - min) / f32::from(top);
+    let id = inverse(d);
+    let levels =
+        std::array::from_fn(|j| (truncate((x[j] - min) * id + 0.5) as i8).min(top as i8) as u8);
+    (F16::from_f32(d), F16::from_f32(min), levels)
+}
+
+/// Calls `encode` with every block, its weights and the weights of its error (`None` without
+/// importance).
+fn each_block<B: Block>(
+    row: &[f32],
+    importance: Option<&[f32]>,
+    blocks: &mut [B],
+    encode: impl Fn(&[f32], Option<&[f32; LEN]>) -> B,
+) {
+    let rows = row.chunks_exact(LEN);
+    match importance {
+        None => {
+            for (block, x) in blocks.iter_mut().zip(rows) {
+                *block = encode(x, None);
+            }
+        }
+        Some(importance) => {
+            let sigma2 = mean_square(row);
+            let importance = importance.chunks_exact(LEN);
+            for ((block, x), importance) in blocks.iter_mut().zip(rows).zip(importance) {
+                *block = encode(x, Some(&error_weights(importance, sigma2, x)));
+            }
+        }
+    }
+}
+
+/// [`round_symmetric`] without importance, a search for the least weighted error with it.
+#[inline]
+fn encode_symmetric(half: u8, x: &[f32], weights: Option<&[f32; LEN]>) -> (F16, [u8; LEN]) {
+    match weights {
+        None => round_symmetric(half, x),
+        Some(weights) => {
+            let mut levels = [0; LEN];
+            let d = symmetric(half.into(), x, Some(weights), &mut levels);
+            (F16::from_f32(d), levels)
+        }
+    }
+}
+
+/// [`round_affine`] without importance, a search for the least weighted error with it.
+#[inline]
+fn encode_affine(top: u8, x: &[f32], weights: Option<&[f32; LEN]>) -> (F16, F16, [u8; LEN]) {
+    match weights {
+        None => round_affine(top, x),
+        Some(_weights) => todo!(),
+    }
+}
+
+impl Block for BlockQ4_0 {
+    const TYPE: BlockType = BlockType::Q4_0;
+    const LEN: usize = LEN;
+
+    #[inline]
+    fn decode(&self, weights: &mut [f32]) {
+        decode_symmetric(self.d, 8, unpack_nibbles(&self.qs), weights);
+    }
+}
+
+impl Encode for BlockQ4_0 {
+    fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
+        each_block(row, importance, blocks, |x, weights| {
+            let (d, levels) = encode_symmetric(8, x, weights);
+            let qs = pack_nibbles(&levels);
+            BlockQ4_0 { d, qs }
+        });
+    }
+}
+
+impl Block for BlockQ4_1 {
+    const TYPE: BlockType = BlockType::Q4_1;
+    const LEN: usize = LEN;
+
+    #[inline]
+    fn decode(&self, weights: &mut [f32]) {
+        decode_affine(self.d, self.m, unpack_nibbles(&self.qs), weights);
+    }
+}
+
+impl Encode for BlockQ4_1 {
+    fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
+        each_block(row, importance, blocks, |x, weights| {
+            let (d, m, levels) = encode_affine(15, x, weights);
+            let qs = pack_nibbles(&levels);
+            BlockQ4_1 { d, m, qs }
+        });
+    }
+}
+
+impl Block for BlockQ5_0 {
+    const TYPE: BlockType = BlockType::Q5_0;
+    const LEN: usize = LEN;
+
+    #[inline]
+    fn decode(&self, weights: &mut [f32]) {
+        decode_symmetric(self.d, 16, unpack_five_bits(self.qh, &self.qs), weights);
+    }
+}
+
+impl Encode for BlockQ5_0 {
+    fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
+        each_block(row, importance, blocks, |x, weights| {
+            let (d, levels) = encode_symmetric(16, x, weights);
+            let (qh, qs) = (pack_fifth_bits(&levels), pack_nibbles(&levels));
+            BlockQ5_0 { d, qh, qs }
+        });
+    }
+}
+
+impl Block for BlockQ5_1 {
+    const TYPE: BlockType = BlockType::Q5_1;
+    const LEN: usize = LEN;
+
+    #[inline]
+    fn decode(&self, weights: &mut [f32]) {
+        decode_affine(self.d, self.m, unpack_five_bits(self.qh, &self.qs), weights);
+    }
+}
+
+impl Encode for BlockQ5_1 {
+    fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
+        each_block(row, importance, blocks, |x, weights| {
+            let (d, m, levels) = encode_affine(31, x, weights);
+            let (qh, qs) = (pack_fifth_bits(&levels), pack_nibbles(&levels));
+            BlockQ5_1 { d, m, qh, qs }
+        });
+    }
+}
+
+impl Block for BlockQ8_0 {
+    const TYPE: BlockType = BlockType::Q8_0;
+    const LEN: usize = LEN;
+
+    #[inline]
+    fn decode(&self, weights: &mut [f32]) {
+        let d = self.d.to_f32();
+        for (weight, q) in weights.iter_mut().zip(self.qs) {
+            *weight = f32::from(q) * d;
+        }
+    }
+}
+
+impl Encode for BlockQ8_0 {
+    /// ggml's Q8_0 has no use for importance.
+    fn encode_row(row: &[f32], _importance: Option<&[f32]>, blocks: &mut [Self]) {
+        for (block, x) in blocks.iter_mut().zip(row.chunks_exact(LEN)) {
+            let (_, magnitude) = largest(x);
+            let d = magnitude / 127.0;
+            let id = inverse(d);
+            *block = BlockQ8_0 {
+                d: F16::from_f32(d),
+                qs: std::array::from_fn(|j| round_half_away(x[j] * id) as i8),
+            };
+        }
+    }
+}
+
+/// C's `roundf` and a cast to `int`. The addend is the float below ½, so that what lies just
+/// below a tie is not lifted over it.
+#[inline]
+fn round_half_away(value: f32) -> i32 {
+    truncate(value + 0.499_999_97_f32.copysign(value))
+}
