@@ -4,7 +4,9 @@ use bytemuck::{Pod, Zeroable};
 
 use super::float::F16;
 use super::legacy::{pack_nibbles, unpack_nibbles};
-use super::search::{ZERO, error_weights, inverse, largest, nearest_int};
+use super::search::{
+    NEGLIGIBLE, importance_weights, inverse, largest_magnitude, nearest_int, sum_of_squares,
+};
 use super::{Block, BlockType, Encode};
 
 /// The values that four bits stand for (the table is part of the format): dense near zero,
@@ -89,40 +91,40 @@ fn nearest_value(x: f32) -> f32 {
 
 /// Indices of 32 weights at a scale, packed.
 #[inline]
-fn encode_group(scale: f32, x: &[f32]) -> [u8; 16] {
+fn encode_group(scale: f32, x: &[f32; 32]) -> [u8; 16] {
     let inverse_scale = inverse(scale);
-    pack_nibbles(&std::array::from_fn(|j| {
-        nearest_index(inverse_scale * x[j])
-    }))
+    pack_nibbles(&x.map(|x| nearest_index(inverse_scale * x)))
 }
 
-/// The scale of 32 weights with the least weighted error: the largest is put at −127 as a start,
-/// then at each of −134..=−120.
-fn group_scale(x: &[f32], weights: &[f32; 32]) -> f32 {
-    const TRIES: usize = 16;
-    let (max, magnitude) = largest(x);
-    if magnitude < ZERO {
+/// The scale of 32 weights with the least weighted error: the largest weight is put at −127 as
+/// a start, then at each of −134..=−120.
+fn group_scale(x: &[f32; 32], weights: &[f32; 32]) -> f32 {
+    /// One for each try, see [`search`](super::search).
+    const LANES: usize = 16;
+    let largest = largest_magnitude(x);
+    if largest.abs() < NEGLIGIBLE {
         return 0.0;
     }
     let lowest = f32::from(IQ4_VALUES[0]);
-    let inverse_scales: [f32; TRIES] = std::array::from_fn(|i| match i {
-        0 => 1.0 / (-max / lowest),
-        _ => (i as f32 - 8.0 + lowest) / max,
+    let inverse_scales: [f32; LANES] = std::array::from_fn(|lane| match lane {
+        0 => 1.0 / (-largest / lowest),
+        _ => (lane as f32 - 8.0 + lowest) / largest,
     });
-    let mut sum_wqx = [0f32; TRIES];
-    let mut sum_wqq = [0f32; TRIES];
+    let mut sum_wqx = [0.0; LANES];
+    let mut sum_wqq = [0.0; LANES];
     for (&x, &w) in x.iter().zip(weights) {
-        for i in 0..TRIES {
-            let q = nearest_value(inverse_scales[i] * x);
+        for lane in 0..LANES {
+            let q = nearest_value(inverse_scales[lane] * x);
             let wq = w * q;
-            sum_wqx[i] += wq * x;
-            sum_wqq[i] += wq * q;
+            sum_wqx[lane] += wq * x;
+            sum_wqq[lane] += wq * q;
         }
     }
     let mut scale = 0.0;
+    // The error falls as (Σwqx)² / Σwq² grows.
     let mut best = 0.0;
-    for (i, (wqx, wqq)) in sum_wqx.into_iter().zip(sum_wqq).enumerate() {
-        if wqq > 0.0 && (i == 0 || wqx * wqx > best * wqq) {
+    for (lane, (wqx, wqq)) in sum_wqx.into_iter().zip(sum_wqq).enumerate() {
+        if wqq > 0.0 && (lane == 0 || wqx * wqx > best * wqq) {
             scale = wqx / wqq;
             best = scale * wqx;
         }
@@ -130,20 +132,36 @@ fn group_scale(x: &[f32], weights: &[f32; 32]) -> f32 {
     scale
 }
 
-/// Weights of the error in a group: importance · √(σ² + x²), or `x²` without importance.
-#[inline]
-fn group_weights(x: &[f32], importance: Option<&[f32]>, sigma2: f32) -> [f32; 32] {
-    match importance {
-        Some(importance) => error_weights(importance, sigma2, x),
-        None => std::array::from_fn(|j| x[j] * x[j]),
-    }
+/// The scale of each group of 32 in a block. Without importance the error of a
+/// weight counts its square.
+fn group_scales<const GROUPS: usize>(
+    x: &[[f32; 32]; GROUPS],
+    importance: Option<&[[f32; 32]; GROUPS]>,
+) -> [f32; GROUPS] {
+    let x_flat = x.as_flattened();
+    let variance = sum_of_squares(x_flat) * (2.0 / x_flat.len() as f32);
+    std::array::from_fn(|i| {
+        let weights = match importance {
+            Some(importance) => importance_weights(&x[i], &importance[i], variance),
+            None => x[i].map(|x| x * x),
+        };
+        group_scale(&x[i], &weights)
+    })
 }
 
-/// Twice the mean square of a block.
-#[inline]
-fn sigma2(x: &[f32]) -> f32 {
-    let sum = x.iter().fold(0.0, |sum, &x| sum + x * x);
-    sum * (2.0 / x.len() as f32)
+/// Encodes block by block, each of `GROUPS` groups of 32 weights.
+fn encode_each<B, const GROUPS: usize>(
+    row: &[f32],
+    importance: Option<&[f32]>,
+    blocks: &mut [B],
+    encode: impl Fn(&[[f32; 32]; GROUPS], [f32; GROUPS]) -> B,
+) {
+    let groups = row.as_chunks().0.as_chunks().0;
+    let importance = importance.map(|importance| importance.as_chunks().0.as_chunks().0);
+    for (i, (block, x)) in blocks.iter_mut().zip(groups).enumerate() {
+        let scales = group_scales(x, importance.map(|importance| &importance[i]));
+        *block = encode(x, scales);
+    }
 }
 
 impl Block for BlockIQ4NL {
@@ -158,14 +176,10 @@ impl Block for BlockIQ4NL {
 
 impl Encode for BlockIQ4NL {
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        for (i, (block, x)) in blocks.iter_mut().zip(row.chunks_exact(32)).enumerate() {
-            let importance = importance.map(|importance| &importance[i * 32..][..32]);
-            let d = group_scale(x, &group_weights(x, importance, sigma2(x)));
-            *block = BlockIQ4NL {
-                d: F16::from_f32(d),
-                qs: encode_group(d, x),
-            };
-        }
+        encode_each(row, importance, blocks, |[x], [d]| BlockIQ4NL {
+            d: F16::from_f32(d),
+            qs: encode_group(d, x),
+        });
     }
 }
 
@@ -194,36 +208,23 @@ impl Block for BlockIQ4XS {
 
 impl Encode for BlockIQ4XS {
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        for (i, (block, x)) in blocks.iter_mut().zip(row.chunks_exact(256)).enumerate() {
-            let importance = importance.map(|importance| &importance[i * 256..][..256]);
-            *block = encode_super_block(x, importance);
-        }
+        encode_each(row, importance, blocks, with_rounded_scales);
     }
 }
 
-/// Finds the eight scales one by one, then rounds them to multiples of `d`, which puts the
-/// largest at −32, and indexes the weights anew.
-fn encode_super_block(x: &[f32], importance: Option<&[f32]>) -> BlockIQ4XS {
-    let sigma2 = sigma2(x);
-    let scales: [f32; 8] = std::array::from_fn(|i| {
-        let group = i * 32..(i + 1) * 32;
-        let importance = importance.map(|importance| &importance[group.clone()]);
-        group_scale(
-            &x[group.clone()],
-            &group_weights(&x[group.clone()], importance, sigma2),
-        )
-    });
-    let (largest_scale, _) = largest(&scales);
-    let d = -largest_scale / 32.0;
+/// Rounds the groups' scales to multiples of `d`, which puts the largest at −32, and indexes
+/// the weights at the rounded scales.
+fn with_rounded_scales(x: &[[f32; 32]; 8], scales: [f32; 8]) -> BlockIQ4XS {
+    let d = -largest_magnitude(&scales) / 32.0;
     let inverse_d = inverse(d);
     let mut block = BlockIQ4XS {
         d: F16::from_f32(d),
         ..Zeroable::zeroed()
     };
     let mut scales_h = 0u16;
-    for (i, (scale, x)) in scales.into_iter().zip(x.chunks_exact(32)).enumerate() {
-        let level = nearest_int(inverse_d * scale).clamp(-32, 31);
-        block.qs[i] = encode_group(d * level as f32, x);
+    for i in 0..8 {
+        let level = nearest_int(inverse_d * scales[i]).clamp(-32, 31);
+        block.qs[i] = encode_group(d * level as f32, &x[i]);
         let bits = (level + 32) as u8;
         block.scales_l[i / 2] |= (bits & 15) << (4 * (i % 2));
         scales_h |= u16::from(bits >> 4) << (2 * i);

@@ -5,7 +5,9 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::float::F16;
-use super::search::{error_weights, inverse, largest, mean_square, symmetric, truncate};
+use super::search::{
+    fit_symmetric, importance_weights, inverse, largest_magnitude, sum_of_squares, truncate,
+};
 use super::{Block, BlockType, Encode};
 
 const LEN: usize = 32;
@@ -135,10 +137,10 @@ fn unpack_five_bits(qh: [u8; 4], qs: &[u8; LEN / 2]) -> [u8; LEN] {
 }
 
 #[inline]
-fn decode_symmetric(d: F16, half: u8, levels: [u8; LEN], weights: &mut [f32]) {
+fn decode_symmetric(d: F16, half: i8, levels: [u8; LEN], weights: &mut [f32]) {
     let d = d.to_f32();
     for (weight, level) in weights.iter_mut().zip(levels) {
-        *weight = f32::from(level as i8 - half as i8) * d;
+        *weight = f32::from(level as i8 - half) * d;
     }
 }
 
@@ -153,39 +155,35 @@ fn decode_affine(d: F16, m: F16, levels: [u8; LEN], weights: &mut [f32]) {
 /// Scale and levels `0..2·half` of a symmetric block: the weight of largest magnitude gets the
 /// lowest level, which has no counterpart above.
 #[inline]
-fn round_symmetric(half: u8, x: &[f32]) -> (F16, [u8; LEN]) {
-    let (max, _) = largest(x);
-    let middle = f32::from(half);
-    let d = max / -middle;
+fn round_symmetric(half: i8, x: &[f32; LEN]) -> (F16, [u8; LEN]) {
+    let d = largest_magnitude(x) / f32::from(-half);
     let id = inverse(d);
-    let top = 2 * half as i8 - 1;
-    let levels =
-        std::array::from_fn(|j| (truncate(x[j] * id + (middle + 0.5)) as i8).min(top) as u8);
+    let middle = f32::from(half) + 0.5;
+    let levels = x.map(|x| (truncate(x * id + middle) as i8).min(2 * half - 1) as u8);
     (F16::from_f32(d), levels)
 }
 
 /// Scale, minimum and levels `0..=top` of a block with a minimum.
 #[inline]
-fn round_affine(top: u8, x: &[f32]) -> (F16, F16, [u8; LEN]) {
+fn round_affine(top: i8, x: &[f32; LEN]) -> (F16, F16, [u8; LEN]) {
     let (min, max) = x.iter().fold((f32::MAX, f32::MIN), |(min, max), &x| {
         (if x < min { x } else { min }, if x > max { x } else { max })
     });
     let d = (max - min) / f32::from(top);
     let id = inverse(d);
-    let levels =
-        std::array::from_fn(|j| (truncate((x[j] - min) * id + 0.5) as i8).min(top as i8) as u8);
+    let levels = x.map(|x| (truncate((x - min) * id + 0.5) as i8).min(top) as u8);
     (F16::from_f32(d), F16::from_f32(min), levels)
 }
 
-/// Calls `encode` with every block, its weights and the weights of its error (`None` without
-/// importance).
-fn each_block<B: Block>(
+/// Encodes block by block: `encode` gets the weights and, where there is importance, what the
+/// error of each counts.
+fn encode_each<B>(
     row: &[f32],
     importance: Option<&[f32]>,
     blocks: &mut [B],
-    encode: impl Fn(&[f32], Option<&[f32; LEN]>) -> B,
+    encode: impl Fn(&[f32; LEN], Option<&[f32; LEN]>) -> B,
 ) {
-    let rows = row.chunks_exact(LEN);
+    let (rows, _) = row.as_chunks();
     match importance {
         None => {
             for (block, x) in blocks.iter_mut().zip(rows) {
@@ -193,10 +191,11 @@ fn each_block<B: Block>(
             }
         }
         Some(importance) => {
-            let sigma2 = mean_square(row);
-            let importance = importance.chunks_exact(LEN);
+            let variance = sum_of_squares(row) / row.len() as f32;
+            let (importance, _) = importance.as_chunks();
             for ((block, x), importance) in blocks.iter_mut().zip(rows).zip(importance) {
-                *block = encode(x, Some(&error_weights(importance, sigma2, x)));
+                let weights = importance_weights(x, importance, variance);
+                *block = encode(x, Some(&weights));
             }
         }
     }
@@ -204,12 +203,11 @@ fn each_block<B: Block>(
 
 /// [`round_symmetric`] without importance, a search for the least weighted error with it.
 #[inline]
-fn encode_symmetric(half: u8, x: &[f32], weights: Option<&[f32; LEN]>) -> (F16, [u8; LEN]) {
+fn encode_symmetric(half: i8, x: &[f32; LEN], weights: Option<&[f32; LEN]>) -> (F16, [u8; LEN]) {
     match weights {
         None => round_symmetric(half, x),
         Some(weights) => {
-            let mut levels = [0; LEN];
-            let d = symmetric(half.into(), x, Some(weights), &mut levels);
+            let (d, levels) = fit_symmetric(x, weights, half);
             (F16::from_f32(d), levels)
         }
     }
@@ -217,7 +215,7 @@ fn encode_symmetric(half: u8, x: &[f32], weights: Option<&[f32; LEN]>) -> (F16, 
 
 /// [`round_affine`] without importance, a search for the least weighted error with it.
 #[inline]
-fn encode_affine(top: u8, x: &[f32], weights: Option<&[f32; LEN]>) -> (F16, F16, [u8; LEN]) {
+fn encode_affine(top: i8, x: &[f32; LEN], weights: Option<&[f32; LEN]>) -> (F16, F16, [u8; LEN]) {
     match weights {
         None => round_affine(top, x),
         Some(_weights) => todo!(),
@@ -236,7 +234,7 @@ impl Block for BlockQ4_0 {
 
 impl Encode for BlockQ4_0 {
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        each_block(row, importance, blocks, |x, weights| {
+        encode_each(row, importance, blocks, |x, weights| {
             let (d, levels) = encode_symmetric(8, x, weights);
             let qs = pack_nibbles(&levels);
             BlockQ4_0 { d, qs }
@@ -256,7 +254,7 @@ impl Block for BlockQ4_1 {
 
 impl Encode for BlockQ4_1 {
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        each_block(row, importance, blocks, |x, weights| {
+        encode_each(row, importance, blocks, |x, weights| {
             let (d, m, levels) = encode_affine(15, x, weights);
             let qs = pack_nibbles(&levels);
             BlockQ4_1 { d, m, qs }
@@ -276,7 +274,7 @@ impl Block for BlockQ5_0 {
 
 impl Encode for BlockQ5_0 {
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        each_block(row, importance, blocks, |x, weights| {
+        encode_each(row, importance, blocks, |x, weights| {
             let (d, levels) = encode_symmetric(16, x, weights);
             let (qh, qs) = (pack_fifth_bits(&levels), pack_nibbles(&levels));
             BlockQ5_0 { d, qh, qs }
@@ -296,7 +294,7 @@ impl Block for BlockQ5_1 {
 
 impl Encode for BlockQ5_1 {
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        each_block(row, importance, blocks, |x, weights| {
+        encode_each(row, importance, blocks, |x, weights| {
             let (d, m, levels) = encode_affine(31, x, weights);
             let (qh, qs) = (pack_fifth_bits(&levels), pack_nibbles(&levels));
             BlockQ5_1 { d, m, qh, qs }
@@ -320,15 +318,14 @@ impl Block for BlockQ8_0 {
 impl Encode for BlockQ8_0 {
     /// ggml's Q8_0 has no use for importance.
     fn encode_row(row: &[f32], _importance: Option<&[f32]>, blocks: &mut [Self]) {
-        for (block, x) in blocks.iter_mut().zip(row.chunks_exact(LEN)) {
-            let (_, magnitude) = largest(x);
-            let d = magnitude / 127.0;
+        encode_each(row, None, blocks, |x, _| {
+            let d = largest_magnitude(x).abs() / 127.0;
             let id = inverse(d);
-            *block = BlockQ8_0 {
+            BlockQ8_0 {
                 d: F16::from_f32(d),
-                qs: std::array::from_fn(|j| round_half_away(x[j] * id) as i8),
-            };
-        }
+                qs: x.map(|x| round_half_away(x * id) as i8),
+            }
+        });
     }
 }
 

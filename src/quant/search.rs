@@ -2,11 +2,11 @@
 //!
 //! A search tries a grid of inverse scales and keeps the one with the least weighted error.
 //! Equality with ggml fixes the order of the additions within one try, but not the order of
-//! the tries: so the tries are the lanes, which all advance together over the weights, and the
+//! the tries: so each try is a lane, the lanes advance together over the weights, and the
 //! compiler makes vectors of them.
 
-/// Below this magnitude a group counts as all zero.
-pub(super) const ZERO: f32 = 1e-15;
+/// Below this magnitude a group of weights counts as zeros.
+pub(super) const NEGLIGIBLE: f32 = 1e-15;
 
 /// 1.5 · 2²³: after adding it, a float's last mantissa bit is worth 1.
 const ROUNDER: f32 = 12_582_912.0;
@@ -41,55 +41,54 @@ pub(super) fn inverse(value: f32) -> f32 {
     if value != 0.0 { 1.0 / value } else { 0.0 }
 }
 
-/// The weight of largest magnitude, the first of equals, and that magnitude.
+/// The first value of the largest magnitude, with its sign; 0 for nothing but zeros.
 #[inline]
-pub(super) fn largest(weights: &[f32]) -> (f32, f32) {
-    weights.iter().fold((0.0, 0.0), |(max, magnitude), &w| {
-        if magnitude < w.abs() {
-            (w, w.abs())
-        } else {
-            (max, magnitude)
+pub(super) fn largest_magnitude(values: &[f32]) -> f32 {
+    let mut largest = 0.0f32;
+    for &value in values {
+        if value.abs() > largest.abs() {
+            largest = value;
         }
-    })
+    }
+    largest
 }
 
-/// Grid of [`symmetric`]: steps −9..=9 of 0.1 around the middle, and one that fills the vectors.
-const STEPS: usize = 20;
-const MIDDLE: usize = 9;
-const TRIES: usize = 19;
-
-/// Finds levels `l` in `-half..half` and a scale `d` that minimize `Σ w·(x − d·l)²`, stores
-/// `l + half` (all 0 where the group is zero), and returns `d`.
+/// Fits `x` by `scale·l` with levels `l` in `−half..half`: the least `Σ w·(x − scale·l)²`.
+/// Returns the scale and the levels `l + half`; for weights that are all negligible, zeros.
 ///
-/// `w` is the importance, or `x²` without one. The inverse scales tried are those that put the
-/// weight of largest magnitude at `-(half + 0.1·step)`; for each the best `d` is
-/// `Σ w·x·l / Σ w·l²`. This is ggml's `make_qx_quants` with `rmse_type` 1.
-pub(super) fn symmetric(
-    half: i32,
-    x: &[f32],
-    importance: Option<&[f32]>,
-    levels: &mut [u8],
-) -> f32 {
-    let (max, magnitude) = largest(x);
-    if magnitude < ZERO {
-        levels.fill(0);
-        return 0.0;
-    }
-    let limit = half as f32;
-    let inverse_scales: [f32; STEPS] =
-        std::array::from_fn(|i| -(limit + 0.1 * (i as f32 - MIDDLE as f32)) / max);
+/// The inverse scales tried put the largest weight at `−(half + 0.1·step)`, steps −9..=9; for
+/// the levels that each gives, the best scale is `Σ w·x·l / Σ w·l²`. This is ggml's
+/// `make_qx_quants`.
+pub(super) fn fit_symmetric<const N: usize>(
+    x: &[f32; N],
+    weights: &[f32; N],
+    half: i8,
+) -> (f32, [u8; N]) {
+    /// The steps, and one more that only fills the vectors.
+    const LANES: usize = 20;
+    const STEPS: usize = 19;
+    const MIDDLE: usize = 9;
 
-    let mut sum_wxl = [0f32; STEPS];
-    let mut sum_wll = [0f32; STEPS];
-    for (i, &x) in x.iter().enumerate() {
-        let w = importance.map_or(x * x, |importance| importance[i]);
+    let largest = largest_magnitude(x);
+    if largest.abs() < NEGLIGIBLE {
+        return (0.0, [0; N]);
+    }
+    let (lowest, highest) = (f32::from(-half), f32::from(half - 1));
+    let inverse_scales: [f32; LANES] = std::array::from_fn(|lane| {
+        let step = lane as f32 - MIDDLE as f32;
+        -(f32::from(half) + 0.1 * step) / largest
+    });
+
+    let mut sum_wxl = [0.0; LANES];
+    let mut sum_wll = [0.0; LANES];
+    for (&x, &w) in x.iter().zip(weights) {
         let wx = w * x;
-        for try_ in 0..STEPS {
-            let l = nearest(inverse_scales[try_] * x);
-            let l = if l > -limit { l } else { -limit };
-            let l = if l < limit - 1.0 { l } else { limit - 1.0 };
-            sum_wxl[try_] += wx * l;
-            sum_wll[try_] += w * l * l;
+        for lane in 0..LANES {
+            let l = nearest(inverse_scales[lane] * x);
+            let l = if l > lowest { l } else { lowest };
+            let l = if l < highest { l } else { highest };
+            sum_wxl[lane] += wx * l;
+            sum_wll[lane] += w * l * l;
         }
     }
 
@@ -99,34 +98,37 @@ pub(super) fn symmetric(
     } else {
         0.0
     };
+    // The error falls as (Σwxl)² / Σwl² grows.
     let mut best = scale * sum_wxl[MIDDLE];
-    for try_ in (0..TRIES).filter(|&i| i != MIDDLE) {
-        let (wxl, wll) = (sum_wxl[try_], sum_wll[try_]);
+    for lane in (0..STEPS).filter(|&lane| lane != MIDDLE) {
+        let (wxl, wll) = (sum_wxl[lane], sum_wll[lane]);
         if wll > 0.0 && wxl * wxl > best * wll {
-            chosen = try_;
+            chosen = lane;
             scale = wxl / wll;
             best = scale * wxl;
         }
     }
-    for (level, &x) in levels.iter_mut().zip(x) {
-        let l = nearest_int(inverse_scales[chosen] * x).clamp(-half, half - 1);
-        *level = (l + half) as u8;
-    }
-    scale
+    let half = i32::from(half);
+    let levels = x.map(|x| {
+        let level = nearest_int(inverse_scales[chosen] * x).clamp(-half, half - 1);
+        (level + half) as u8
+    });
+    (scale, levels)
 }
 
-/// The weights of the error that ggml uses for its 32-blocks: importance · √(σ² + x²), with σ²
-/// of the whole row (see [`mean_square`]).
+/// What the error of each weight counts, by the importance of its column and its own size
+/// against the variance of its surroundings.
 #[inline]
-pub(super) fn error_weights<const N: usize>(
-    importance: &[f32],
-    sigma2: f32,
-    x: &[f32],
+pub(super) fn importance_weights<const N: usize>(
+    x: &[f32; N],
+    importance: &[f32; N],
+    variance: f32,
 ) -> [f32; N] {
-    std::array::from_fn(|i| importance[i] * (sigma2 + x[i] * x[i]).sqrt())
+    std::array::from_fn(|i| importance[i] * (variance + x[i] * x[i]).sqrt())
 }
 
-/// Mean of the squares, added in order.
-pub(super) fn mean_square(row: &[f32]) -> f32 {
-    row.iter().fold(0.0, |sum, &x| sum + x * x) / row.len() as f32
+/// Σx², added in order.
+#[inline]
+pub(super) fn sum_of_squares(x: &[f32]) -> f32 {
+    x.iter().fold(0.0, |sum, x| sum + x * x)
 }
