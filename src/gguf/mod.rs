@@ -100,8 +100,7 @@ impl Gguf {
     }
 }
 
-/// Bytes that a tensor takes: `None` if its blocks do not fill a row.
-/// `Err` never: an overflow is `None` as well, no file is that long.
+/// Bytes that a tensor takes; `None` if its blocks do not fill a row or the product overflows.
 fn tensor_bytes(kind: BlockType, shape: &[usize]) -> Option<u64> {
     let (&columns, rest) = shape.split_first()?;
     let row = kind.row_bytes(columns)? as u64;

@@ -261,7 +261,7 @@ impl Array {
 
     /// The element at `index` as a value.
     fn item(&self, index: usize) -> Value {
-        with_items!(self, items => items[index].clone().into())
+        with_items!(self, items => Value::from(items[index].to_owned()))
     }
 
     fn to_json(&self, max_items: usize) -> serde_json::Value {

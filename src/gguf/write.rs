@@ -32,6 +32,13 @@ pub struct TensorDecl {
     pub shape: Vec<usize>,
 }
 
+impl TensorDecl {
+    /// Bytes it takes; `None` if its blocks do not fill a row or the product overflows.
+    pub fn bytes(&self) -> Option<u64> {
+        tensor_bytes(self.kind, &self.shape)
+    }
+}
+
 /// A file's bytes, laid out before they are written: the header and every tensor's place.
 #[derive(Clone, Debug)]
 pub struct Layout {
@@ -149,7 +156,7 @@ fn check_tensor(tensor: &TensorDecl) -> Result<u64, Error> {
             format!("shape {shape:?} is not possible: 1 to {MAX_DIMS} extents, none of them zero");
         return Err(wrong(tensor, &problem));
     }
-    tensor_bytes(tensor.kind, shape).ok_or_else(|| {
+    tensor.bytes().ok_or_else(|| {
         let problem = format!(
             "shape {shape:?} does not fit {} blocks of {}",
             tensor.kind,
