@@ -1,1 +1,0 @@
-//! Text ⇄ token ids, from GGUF metadata, on the `tokenizers` crate.
