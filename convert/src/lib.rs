@@ -1,3 +1,25 @@
 //! Turns checkpoints into quantized GGUF files.
+//!
+//! - [`checkpoint`]: four layouts of input come to one table of tensors
+//! - [`config`], [`metadata`], [`vocab`]: what goes into the output's metadata
+//! - [`recipe`], [`plan`]: a type for every tensor; the output, laid out
+//! - [`imatrix`], [`encode`]: rows in, blocks out
+//! - [`pipeline`], [`journal`]: reading, encoding and writing at once, in bounded memory; going on after a cut
+//! - [`cli`]: the command line
 
+pub mod checkpoint;
+pub mod cli;
+pub mod config;
+mod disk;
+pub mod encode;
+mod error;
+pub mod imatrix;
+pub mod journal;
+pub mod metadata;
+pub mod pipeline;
+pub mod plan;
 pub mod recipe;
+pub mod vocab;
+
+pub use error::{Error, Result};
+pub use pipeline::{Options, Report, convert};

@@ -1,3 +1,7 @@
 //! The `fewbit-convert` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    fewbit_convert::cli::main()
+}

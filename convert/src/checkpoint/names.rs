@@ -1,0 +1,189 @@
+//! The tensors of the graph: their names in each layout, and their shapes.
+
+use crate::config::ModelConfig;
+
+/// What a tensor is in the graph.
+#[allow(missing_docs)] // the table below says what each of them is
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    TokenEmbd,
+    OutputNorm,
+    Output,
+    RopeFreqs,
+    AttnNorm,
+    AttnQ,
+    AttnK,
+    AttnV,
+    AttnOutput,
+    FfnNorm,
+    Router,
+    Gate,
+    Up,
+    Down,
+    GateExperts,
+    UpExperts,
+    DownExperts,
+}
+
+/// A tensor that a configuration calls for.
+#[derive(Clone, Debug)]
+pub struct Expected {
+    /// What it is.
+    pub role: Role,
+    /// Of which layer (0 for those that belong to none).
+    pub layer: usize,
+    /// Its GGUF name.
+    pub name: String,
+    /// Extents, fastest first: `[columns, rows, experts]`.
+    pub shape: Vec<usize>,
+}
+
+impl Role {
+    /// Names in GGUF, in Hugging Face's layout and in Mistral's, without the layer's prefix and ".weight".
+    /// Those of experts hold `{}` for the expert's number.
+    const fn names(self) -> [&'static str; 3] {
+        match self {
+            Role::TokenEmbd => ["token_embd", "model.embed_tokens", "tok_embeddings"],
+            Role::OutputNorm => ["output_norm", "model.norm", "norm"],
+            Role::Output => ["output", "lm_head", "output"],
+            Role::RopeFreqs => ["rope_freqs", "", ""], // computed, stored in no checkpoint
+            Role::AttnNorm => ["attn_norm", "input_layernorm", "attention_norm"],
+            Role::AttnQ => ["attn_q", "self_attn.q_proj", "attention.wq"],
+            Role::AttnK => ["attn_k", "self_attn.k_proj", "attention.wk"],
+            Role::AttnV => ["attn_v", "self_attn.v_proj", "attention.wv"],
+            Role::AttnOutput => ["attn_output", "self_attn.o_proj", "attention.wo"],
+            Role::FfnNorm => ["ffn_norm", "post_attention_layernorm", "ffn_norm"],
+            Role::Router => ["ffn_gate_inp", "block_sparse_moe.gate", "feed_forward.gate"],
+            Role::Gate => ["ffn_gate", "mlp.gate_proj", "feed_forward.w1"],
+            Role::Up => ["ffn_up", "mlp.up_proj", "feed_forward.w3"],
+            Role::Down => ["ffn_down", "mlp.down_proj", "feed_forward.w2"],
+            Role::GateExperts => [
+                "ffn_gate_exps",
+                "block_sparse_moe.experts.{}.w1",
+                "feed_forward.experts.{}.w1",
+            ],
+            Role::UpExperts => [
+                "ffn_up_exps",
+                "block_sparse_moe.experts.{}.w3",
+                "feed_forward.experts.{}.w3",
+            ],
+            Role::DownExperts => [
+                "ffn_down_exps",
+                "block_sparse_moe.experts.{}.w2",
+                "feed_forward.experts.{}.w2",
+            ],
+        }
+    }
+
+    /// Extents, fastest first.
+    pub fn shape(self, c: &ModelConfig) -> Vec<usize> {
+        match self {
+            Role::TokenEmbd | Role::Output => vec![c.hidden, c.vocab],
+            Role::OutputNorm | Role::AttnNorm | Role::FfnNorm => vec![c.hidden],
+            Role::RopeFreqs => vec![c.head_dim / 2],
+            Role::AttnQ => vec![c.hidden, c.heads * c.head_dim],
+            Role::AttnK | Role::AttnV => vec![c.hidden, c.kv_heads * c.head_dim],
+            Role::AttnOutput => vec![c.heads * c.head_dim, c.hidden],
+            Role::Router => vec![c.hidden, c.experts],
+            Role::Gate | Role::Up => vec![c.hidden, c.ffn],
+            Role::Down => vec![c.ffn, c.hidden],
+            Role::GateExperts | Role::UpExperts => vec![c.hidden, c.ffn, c.experts],
+            Role::DownExperts => vec![c.ffn, c.hidden, c.experts],
+        }
+    }
+
+    /// Whether llama.cpp's converter writes it as F32 whatever the checkpoint holds: norms, and the
+    /// router, whose rounding would change which experts are chosen.
+    pub fn stays_f32(self) -> bool {
+        matches!(
+            self,
+            Role::OutputNorm | Role::AttnNorm | Role::FfnNorm | Role::RopeFreqs | Role::Router
+        )
+    }
+
+    /// Whether the tensor belongs to a layer.
+    fn in_layer(self) -> bool {
+        !matches!(
+            self,
+            Role::TokenEmbd | Role::OutputNorm | Role::Output | Role::RopeFreqs
+        )
+    }
+}
+
+impl Expected {
+    fn new(role: Role, layer: usize, config: &ModelConfig) -> Expected {
+        let stem = role.names()[0];
+        let name = if role.in_layer() {
+            format!("blk.{layer}.{stem}.weight")
+        } else {
+            format!("{stem}.weight")
+        };
+        Expected {
+            role,
+            layer,
+            name,
+            shape: role.shape(config),
+        }
+    }
+
+    /// Its name in a Hugging Face checkpoint; `expert` counts for experts only.
+    pub fn hf_name(&self, expert: usize) -> String {
+        self.checkpoint_name(1, "model.layers", expert)
+    }
+
+    /// Its name in one of Mistral's own checkpoints; `expert` counts for experts only.
+    pub fn mistral_name(&self, expert: usize) -> String {
+        self.checkpoint_name(2, "layers", expert)
+    }
+
+    fn checkpoint_name(&self, column: usize, layers: &str, expert: usize) -> String {
+        let stem = self.role.names()[column].replace("{}", &expert.to_string());
+        if self.role.in_layer() {
+            format!("{layers}.{}.{stem}.weight", self.layer)
+        } else {
+            format!("{stem}.weight")
+        }
+    }
+}
+
+/// All tensors that a configuration calls for, in the order in which llama-quantize visits and writes them.
+pub fn expected(config: &ModelConfig) -> Vec<Expected> {
+    use Role::*;
+    let mut all = vec![TokenEmbd, OutputNorm];
+    if !config.tied_embeddings {
+        all.push(Output);
+    }
+    if config
+        .rope_scaling
+        .frequency_divisors(config.rope_theta, config.head_dim)
+        .is_some()
+    {
+        all.push(RopeFreqs);
+    }
+    let attention = [AttnNorm, AttnQ, AttnK, AttnV, AttnOutput, FfnNorm];
+    let feed_forward: &[Role] = if config.experts > 0 {
+        &[Router, GateExperts, UpExperts, DownExperts]
+    } else {
+        &[Gate, Up, Down]
+    };
+    let mut tensors: Vec<Expected> = all
+        .into_iter()
+        .map(|role| Expected::new(role, 0, config))
+        .collect();
+    for layer in 0..config.layers {
+        let roles = attention.iter().chain(feed_forward);
+        tensors.extend(roles.map(|&role| Expected::new(role, layer, config)));
+    }
+    tensors.sort_by(|a, b| visiting_order(&a.name).cmp(&visiting_order(&b.name)));
+    tensors
+}
+
+/// Sort key of llama-quantize's order: tensors outside of the layers first, then layer by layer,
+/// by name within.
+pub fn visiting_order(name: &str) -> (i64, &str) {
+    let layer = name
+        .strip_prefix("blk.")
+        .and_then(|rest| rest.split_once('.'))
+        .and_then(|(n, _)| n.parse().ok());
+    (layer.unwrap_or(-1), name)
+}

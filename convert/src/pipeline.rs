@@ -1,0 +1,356 @@
+//! The conversion itself: read, encode, write.
+//!
+//! Three stages work at the same time, bounded queues between them: a thread reads chunks of rows
+//! by position, the pool encodes them, a thread appends them to `OUT.gguf.partial`. A chunk is 16 MiB of
+//! f32 at most and a handful are under way, so memory does not grow with the checkpoint. When the last
+//! tensor is on the disk, the file gets its final name in one step.
+
+use std::fs::{self, File, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fewbit::gguf::Writer;
+use fewbit::quant::BlockType;
+use indicatif::ProgressBar;
+use regex::Regex;
+
+use crate::checkpoint::{Checkpoint, InputFile, Source};
+use crate::disk;
+use crate::encode::Job;
+use crate::error::{Error, Result};
+use crate::imatrix::Imatrix;
+use crate::journal::{Fingerprint, InputPrint, Journal, with_suffix};
+use crate::plan::Plan;
+use crate::recipe::Mix;
+
+/// Chunks that wait between two stages.
+const QUEUE: usize = 2;
+
+/// What a conversion is asked to do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The recipe.
+    pub mix: Mix,
+    /// Exceptions from it, in the order of the command line.
+    pub overrides: Vec<(Regex, BlockType)>,
+    /// Importance matrix that guides the encoding.
+    pub imatrix: Option<PathBuf>,
+    /// Threads that encode; 0 for one a logical CPU.
+    pub threads: usize,
+    /// Replace an existing output.
+    pub force: bool,
+    /// Accept quantized sources.
+    pub allow_requantize: bool,
+    /// How often finished tensors are brought to the disk and noted for a later run to go on from.
+    pub record_every: Duration,
+}
+
+impl Options {
+    /// A conversion by a recipe alone.
+    pub fn new(mix: Mix) -> Options {
+        Options {
+            mix,
+            overrides: Vec::new(),
+            imatrix: None,
+            threads: 0,
+            force: false,
+            allow_requantize: false,
+            record_every: Duration::from_secs(2),
+        }
+    }
+}
+
+/// What a conversion did.
+#[derive(Debug)]
+pub struct Report {
+    /// The output.
+    pub path: PathBuf,
+    /// What it holds.
+    pub plan: Plan,
+    /// Bytes of weights that were read in this run.
+    pub bytes_read: u64,
+    /// Tensors that an earlier run, cut off, had written.
+    pub tensors_kept: usize,
+    /// Time that it took.
+    pub elapsed: Duration,
+}
+
+/// Converts `input`, a folder or a GGUF file, into `output`.
+///
+/// `progress` gets the number of bytes to read, their course and the tensors' names.
+///
+/// # Errors
+/// Whatever is wrong with the input or the system; nothing is then left under the name `output`, and what was
+/// written is kept beside it for the next run with the same arguments, unless it is of no use.
+pub fn convert(
+    input: &Path,
+    output: &Path,
+    options: &Options,
+    progress: &ProgressBar,
+) -> Result<Report> {
+    let started = Instant::now();
+    if output.exists() && !options.force {
+        return Err(Error::Exists(output.to_owned()));
+    }
+    let checkpoint = Checkpoint::open(input)?;
+    refuse_inputs(&checkpoint, options, output)?;
+    let imatrix = options.imatrix.as_deref().map(Imatrix::read).transpose()?;
+    let plan = Plan::new(
+        &checkpoint,
+        options.mix,
+        &options.overrides,
+        imatrix.as_ref(),
+        options.allow_requantize,
+    )?;
+
+    let partial = with_suffix(output, ".partial");
+    let journal = Journal::new(&partial, fingerprint(&checkpoint, &plan, options)?);
+    let _lock = lock(&partial)?;
+    let (writer, kept) = open_writer(&partial, &plan, &journal)?;
+    disk::require(
+        output,
+        plan.layout.file_bytes() - plan.layout.tensor_offset(kept),
+    )?;
+
+    let run = Run {
+        checkpoint: &checkpoint,
+        plan: &plan,
+        imatrix: imatrix.as_ref(),
+        kept,
+        progress,
+    };
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(options.threads)
+        .build();
+    let pool =
+        pool.map_err(|e| Error::io("start threads for", output)(std::io::Error::other(e)))?;
+    if let Err(error) = run.stages(writer, &journal, &pool, options.record_every) {
+        if matches!(error, Error::NotFinite { .. } | Error::TooLarge { .. }) {
+            journal.remove();
+            let _ = fs::remove_file(&partial); // no later run can make use of it
+        }
+        return Err(error);
+    }
+    fs::rename(&partial, output).map_err(Error::io("rename the finished file to", output))?;
+    disk::sync_folder_of(output)?;
+    journal.remove();
+    let bytes_read = run.bytes_to_read();
+    Ok(Report {
+        path: output.to_owned(),
+        plan,
+        bytes_read,
+        tensors_kept: kept,
+        elapsed: started.elapsed(),
+    })
+}
+
+/// A chunk of a tensor's rows on its way, stored or encoded.
+struct Chunk {
+    tensor: usize,
+    first_row: usize,
+    bytes: Vec<u8>,
+}
+
+struct Run<'a> {
+    checkpoint: &'a Checkpoint,
+    plan: &'a Plan,
+    imatrix: Option<&'a Imatrix>,
+    kept: usize,
+    progress: &'a ProgressBar,
+}
+
+impl Run<'_> {
+    fn bytes_to_read(&self) -> u64 {
+        self.checkpoint.tensors[self.kept..]
+            .iter()
+            .map(|t| t.stored_bytes())
+            .sum()
+    }
+
+    fn stages(
+        &self,
+        writer: Writer,
+        journal: &Journal,
+        pool: &rayon::ThreadPool,
+        record_every: Duration,
+    ) -> Result<()> {
+        self.progress.set_length(self.bytes_to_read());
+        let tensors = self.plan.kinds.len();
+        let (to_encode, stored) = sync_channel(QUEUE);
+        let (to_write, encoded) = sync_channel(QUEUE);
+        thread::scope(|scope| {
+            let reader = scope.spawn(move || self.read(&to_encode));
+            let writer =
+                scope.spawn(move || write(writer, tensors, journal, &encoded, record_every));
+            let encoding = self.encode(pool, stored, to_write);
+            // A stage whose neighbour failed stops without an error of its own; the neighbour has it.
+            let writing = writer.join().expect("the writer does not panic");
+            let reading = reader.join().expect("the reader does not panic");
+            encoding.and(writing).and(reading)
+        })
+    }
+
+    fn read(&self, to_encode: &SyncSender<Chunk>) -> Result<()> {
+        for (index, tensor) in self.checkpoint.tensors.iter().enumerate().skip(self.kept) {
+            for rows in tensor.chunks() {
+                let mut chunk = Chunk {
+                    tensor: index,
+                    first_row: rows.start,
+                    bytes: Vec::new(),
+                };
+                self.checkpoint.read_rows(tensor, rows, &mut chunk.bytes)?;
+                if to_encode.send(chunk).is_err() {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn encode(
+        &self,
+        pool: &rayon::ThreadPool,
+        stored: Receiver<Chunk>,
+        to_write: SyncSender<Chunk>,
+    ) -> Result<()> {
+        for chunk in stored {
+            let tensor = &self.checkpoint.tensors[chunk.tensor];
+            if chunk.first_row == 0 {
+                self.progress.set_message(tensor.name.clone());
+            }
+            let job = Job {
+                from: match tensor.source {
+                    Source::Stored { kind, .. } => kind,
+                    Source::Computed(_) => BlockType::F32,
+                },
+                to: self.plan.kinds[chunk.tensor],
+                columns: tensor.columns(),
+                first_row: chunk.first_row,
+                rows_per_expert: tensor.rows_per_expert(),
+                importance: self.imatrix.map(|i| i.of(tensor)).transpose()?.flatten(),
+            };
+            let mut bytes = Vec::new();
+            pool.install(|| job.encode(&chunk.bytes, &mut bytes))
+                .map_err(|bad| {
+                    let (name, row) = (tensor.name.clone(), bad.row as u64);
+                    if bad.value.is_finite() {
+                        Error::TooLarge {
+                            tensor: name,
+                            row,
+                            column: bad.column,
+                            value: bad.value,
+                            kind: job.to,
+                        }
+                    } else {
+                        let path = self.checkpoint.path.clone();
+                        Error::NotFinite {
+                            path,
+                            tensor: name,
+                            row,
+                            column: bad.column,
+                            value: bad.value,
+                        }
+                    }
+                })?;
+            self.progress.inc(chunk.bytes.len() as u64);
+            if to_write.send(Chunk { bytes, ..chunk }).is_err() {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Appends chunks as they come; notes from time to time, and when it has to stop, which tensors are whole.
+fn write(
+    mut writer: Writer,
+    tensors: usize,
+    journal: &Journal,
+    encoded: &Receiver<Chunk>,
+    record_every: Duration,
+) -> Result<()> {
+    let mut recorded = (Instant::now(), writer.tensors_done());
+    let mut record = |writer: &mut Writer, now: bool| {
+        let (at, done) = recorded;
+        if writer.tensors_done() > done && (now || at.elapsed() >= record_every) {
+            writer.sync()?;
+            journal.record(writer.tensors_done())?;
+            recorded = (Instant::now(), writer.tensors_done());
+        }
+        Ok::<(), Error>(())
+    };
+
+    for chunk in encoded {
+        if let Err(error) = writer.write(&chunk.bytes) {
+            // The disk is full or broken: what can still be saved is, and the first error is the one to report.
+            let _ = record(&mut writer, true);
+            return Err(error.into());
+        }
+        record(&mut writer, false)?;
+    }
+    if writer.tensors_done() < tensors {
+        return record(&mut writer, true); // a stage before this one failed
+    }
+    Ok(writer.finish()?)
+}
+
+/// The writer over the partial file: of an earlier run where there is one that fits, else anew.
+fn open_writer(partial: &Path, plan: &Plan, journal: &Journal) -> Result<(Writer, usize)> {
+    let done = journal.tensors_done();
+    if done > 0
+        && let Ok(writer) = Writer::resume(partial, plan.layout.clone(), done)
+    {
+        return Ok((writer, done));
+    }
+    journal.remove();
+    Ok((Writer::create(partial, plan.layout.clone())?, 0))
+}
+
+/// Holds the partial file against a second conversion into the same output.
+fn lock(partial: &Path) -> Result<File> {
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(partial);
+    let file = file.map_err(Error::io("create", partial))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => Err(Error::input(
+            partial,
+            "another conversion is writing this file",
+        )),
+        Err(fs::TryLockError::Error(source)) => Err(Error::io("lock", partial)(source)),
+    }
+}
+
+fn refuse_inputs(checkpoint: &Checkpoint, options: &Options, output: &Path) -> Result<()> {
+    let inputs = checkpoint
+        .files
+        .iter()
+        .map(|f| f.path.as_path())
+        .chain(options.imatrix.as_deref());
+    let Ok(output_file) = output.canonicalize() else {
+        return Ok(()); // it does not exist, so it is none of them
+    };
+    for input in inputs {
+        if input.canonicalize().is_ok_and(|i| i == output_file) {
+            return Err(Error::OutputIsInput(output.to_owned()));
+        }
+    }
+    Ok(())
+}
+
+fn fingerprint(checkpoint: &Checkpoint, plan: &Plan, options: &Options) -> Result<Fingerprint> {
+    let mut inputs: Vec<InputPrint> = checkpoint.files.iter().map(InputPrint::from).collect();
+    if let Some(imatrix) = &options.imatrix {
+        inputs.push(InputPrint::from(&InputFile::open(imatrix)?));
+    }
+    Ok(Fingerprint {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        inputs,
+        types: plan.kinds.iter().map(|k| k.to_string()).collect(),
+    })
+}

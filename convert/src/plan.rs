@@ -1,0 +1,160 @@
+//! What a conversion will write: every tensor's type, the whole file's layout, what falls back.
+
+use fewbit::gguf::{Layout, TensorDecl};
+use fewbit::quant::BlockType;
+use regex::Regex;
+
+use crate::checkpoint::{Checkpoint, Source};
+use crate::error::{Error, Result};
+use crate::imatrix::Imatrix;
+use crate::metadata;
+use crate::recipe::{self, Mix, RecipeModel, RecipeTensor};
+
+/// A conversion, decided upon but not begun.
+#[derive(Debug)]
+pub struct Plan {
+    /// The output file.
+    pub layout: Layout,
+    /// Types of its tensors, in order.
+    pub kinds: Vec<BlockType>,
+    /// Weights in it.
+    pub weights: u64,
+    /// Tensors whose rows did not hold the blocks of the recipe.
+    pub fallbacks: Vec<Fallback>,
+}
+
+/// A tensor that got another type than the recipe gave it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fallback {
+    /// The tensor.
+    pub tensor: String,
+    /// Weights in its rows.
+    pub columns: usize,
+    /// The recipe's type, whose blocks do not fill them.
+    pub from: BlockType,
+    /// The type it got.
+    pub to: BlockType,
+}
+
+impl Plan {
+    /// Decides on the types of all tensors and lays the file out.
+    ///
+    /// # Errors
+    /// If the recipe or the imatrix does not fit, or quantized weights would have to be quantized again
+    /// and `allow_requantize` does not say so.
+    pub fn new(
+        checkpoint: &Checkpoint,
+        mix: Mix,
+        overrides: &[(Regex, BlockType)],
+        imatrix: Option<&Imatrix>,
+        allow_requantize: bool,
+    ) -> Result<Plan> {
+        let of = &checkpoint.hyperparameters;
+        let model = RecipeModel {
+            layers: of.layers,
+            heads: of.heads,
+            kv_heads: of.kv_heads,
+            experts: of.experts,
+            imatrix: imatrix.is_some(),
+        };
+        let tensors: Vec<RecipeTensor> = checkpoint
+            .tensors
+            .iter()
+            .map(|t| RecipeTensor {
+                name: &t.name,
+                shape: &t.shape,
+                source: t.kind,
+            })
+            .collect();
+        let choices = recipe::assign(mix, &model, overrides, &tensors)?;
+
+        let mut fallbacks = Vec::new();
+        let mut decls = Vec::with_capacity(choices.len());
+        for (tensor, choice) in checkpoint.tensors.iter().zip(&choices) {
+            if let Some(imatrix) = imatrix {
+                imatrix.of(tensor)?;
+            }
+            if let Source::Stored { kind, .. } = tensor.source
+                && kind.block_len() > 1
+                && choice.kind != kind
+                && !allow_requantize
+            {
+                return Err(Error::Requantize {
+                    path: checkpoint.path.clone(),
+                    tensor: tensor.name.clone(),
+                    kind,
+                });
+            }
+            if let Some(from) = choice.fallback_from {
+                let (tensor, columns) = (tensor.name.clone(), tensor.columns());
+                fallbacks.push(Fallback {
+                    tensor,
+                    columns,
+                    from,
+                    to: choice.kind,
+                });
+            }
+            decls.push(TensorDecl {
+                name: tensor.name.clone(),
+                kind: choice.kind,
+                shape: tensor.shape.clone(),
+            });
+        }
+
+        let mut meta = checkpoint.metadata.clone();
+        metadata::set_encoding(&mut meta, recipe::ftype_id(mix));
+        if let Some(imatrix) = imatrix {
+            imatrix.describe(&mut meta);
+        }
+        Ok(Plan {
+            layout: Layout::new(&meta, &decls)?,
+            kinds: choices.iter().map(|c| c.kind).collect(),
+            weights: checkpoint
+                .tensors
+                .iter()
+                .map(|t| t.columns() as u64 * t.rows() as u64)
+                .sum(),
+            fallbacks,
+        })
+    }
+
+    /// Bits a weight in the whole file.
+    pub fn bits_per_weight(&self) -> f64 {
+        self.layout.file_bytes() as f64 * 8.0 / self.weights as f64
+    }
+
+    /// The fallbacks in lines for people, tensors of a kind together.
+    pub fn fallback_lines(&self) -> Vec<String> {
+        let mut groups: Vec<(&Fallback, usize)> = Vec::new();
+        for fallback in &self.fallbacks {
+            let same = |f: &Fallback| {
+                part(&f.tensor) == part(&fallback.tensor)
+                    && (f.columns, f.from, f.to) == (fallback.columns, fallback.from, fallback.to)
+            };
+            match groups.iter_mut().find(|(first, _)| same(first)) {
+                Some((_, count)) => *count += 1,
+                None => groups.push((fallback, 1)),
+            }
+        }
+        let line = |(f, count): &(&Fallback, usize)| {
+            let more = if *count > 1 {
+                format!(" and {} more", count - 1)
+            } else {
+                String::new()
+            };
+            format!(
+                "{}{more}: {} columns hold no whole {} blocks: {} instead",
+                f.tensor, f.columns, f.from, f.to
+            )
+        };
+        groups.iter().map(line).collect()
+    }
+}
+
+/// A tensor's name without its layer.
+fn part(name: &str) -> &str {
+    let within = name
+        .strip_prefix("blk.")
+        .and_then(|rest| rest.split_once('.'));
+    within.map_or(name, |(_, part)| part)
+}
