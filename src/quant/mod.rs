@@ -21,7 +21,7 @@ mod search;
 
 pub use float::{BF16, F16, F32};
 pub use iq4::{BlockIQ4NL, BlockIQ4XS, IQ4_VALUES};
-pub use k::{BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5K, BlockQ6K};
+pub use k::{BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5K, BlockQ6K, Scales16, ScalesAndMins8};
 pub use legacy::{BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0};
 pub use mxfp4::BlockMXFP4;
 

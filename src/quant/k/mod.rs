@@ -1,35 +1,120 @@
-//! K-quants: super-blocks of 256 weights.
+//! K-quants: super-blocks of 256 weights whose scales are quantized in turn.
+//!
+//! A super-block is cut into sub-blocks of 16 or 32 weights. Each sub-block has a scale of few
+//! bits (and, for the types that can lie off centre, a minimum of as many), in units of the
+//! super-block's own f16 scale:
+//!
+//! ```text
+//! type   sub-blocks   a weight is                           bits a weight
+//! Q2_K   16 × 16      d·scale·q − dmin·min    q in 0..4      2.625
+//! Q3_K   16 × 16      d·scale·q               q in −4..4     3.4375
+//! Q4_K    8 × 32      d·scale·q − dmin·min    q in 0..16     4.5
+//! Q5_K    8 × 32      d·scale·q − dmin·min    q in 0..32     5.5
+//! Q6_K   16 × 16      d·scale·q               q in −32..32   6.5625
+//! ```
+//!
+//! Encoding goes the same way for all of them: a search finds each sub-block's scale (and
+//! minimum) in f32 ([`search`]), these are rounded to whole steps of the super-block's, and
+//! the weights are then rounded once more, to the line that the rounded scales draw.
+//!
+//! The levels `q` are stored in stripes: stripe `j` is the 32 weights from `32·j` on, and a
+//! byte holds the bits of weights at the same place of several stripes. So a vector of 32
+//! bytes, shifted and masked, is a stripe.
 
-use bytemuck::{Pod, Zeroable};
+mod affine;
+mod pack;
+mod q2;
+mod q3;
+mod q4;
+mod q5;
+mod q6;
+mod search;
 
-use super::{Block, BlockType, Encode};
+pub use pack::{Scales16, ScalesAndMins8};
+pub use q2::BlockQ2K;
+pub use q3::BlockQ3K;
+pub use q4::BlockQ4K;
+pub use q5::BlockQ5K;
+pub use q6::BlockQ6K;
 
-macro_rules! outline {
-    ($name:ident, $kind:ident, $bytes:literal) => {
-        /// A super-block of 256 weights.
-        #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-        #[repr(C)]
-        pub struct $name([u8; $bytes]);
+use super::F16;
+use super::search::nearest_int;
 
-        impl Block for $name {
-            const TYPE: BlockType = BlockType::$kind;
-            const LEN: usize = 256;
+/// Weights in a super-block.
+pub const SUPER_BLOCK: usize = 256;
 
-            fn decode(&self, _weights: &mut [f32]) {
-                todo!()
+/// The weights, or their importance, or their levels of a super-block.
+type Super<T> = [T; SUPER_BLOCK];
+
+/// Encodes a row, super-block by super-block.
+fn encode_each<B>(
+    row: &[f32],
+    importance: Option<&[f32]>,
+    blocks: &mut [B],
+    encode: impl Fn(&Super<f32>, Option<&Super<f32>>) -> B,
+) {
+    assert_eq!(
+        row.len(),
+        blocks.len() * SUPER_BLOCK,
+        "the blocks hold the row"
+    );
+    let (supers, _) = row.as_chunks();
+    match importance {
+        None => {
+            for (block, x) in blocks.iter_mut().zip(supers) {
+                *block = encode(x, None);
             }
         }
-
-        impl Encode for $name {
-            fn encode_row(_row: &[f32], _importance: Option<&[f32]>, _blocks: &mut [Self]) {
-                todo!()
+        Some(importance) => {
+            assert_eq!(importance.len(), row.len(), "one importance a weight");
+            let (importance, _) = importance.as_chunks();
+            for ((block, x), importance) in blocks.iter_mut().zip(supers).zip(importance) {
+                *block = encode(x, Some(importance));
             }
         }
-    };
+    }
 }
 
-outline!(BlockQ2K, Q2_K, 84);
-outline!(BlockQ3K, Q3_K, 110);
-outline!(BlockQ4K, Q4_K, 144);
-outline!(BlockQ5K, Q5_K, 176);
-outline!(BlockQ6K, Q6_K, 210);
+/// The stripes of a block that is to be decoded into `weights`.
+fn stripes_mut(weights: &mut [f32]) -> &mut [[f32; 32]] {
+    assert_eq!(weights.len(), SUPER_BLOCK, "a super-block has 256 weights");
+    weights.as_chunks_mut().0
+}
+
+/// The sub-blocks of `N` weights, each with the place of its levels.
+fn sub_blocks<'a, const N: usize>(
+    x: &'a Super<f32>,
+    levels: &'a mut Super<u8>,
+) -> impl Iterator<Item = (&'a [f32; N], &'a mut [u8; N])> {
+    x.as_chunks().0.iter().zip(levels.as_chunks_mut().0)
+}
+
+/// Σx, added in order.
+fn sum(x: &[f32]) -> f32 {
+    x.iter().fold(0.0, |sum, x| sum + x)
+}
+
+/// Rounds weights to the levels of the line `scale·q − min`.
+fn round_to_line<const N: usize>(x: &[f32; N], scale: f32, min: f32, max_level: u8) -> [u8; N] {
+    x.map(|x| nearest_int((x + min) / scale).clamp(0, i32::from(max_level)) as u8)
+}
+
+/// Rounds weights to `scale·q` with `q` in `−half..half`; the levels are `q + half`.
+fn round_to_scale<const N: usize>(x: &[f32; N], scale: f32, half: i8) -> [u8; N] {
+    let half = i32::from(half);
+    x.map(|x| (nearest_int(x / scale).clamp(-half, half - 1) + half) as u8)
+}
+
+/// Writes values as whole shares of their maximum: the unit is `max / max_level`.
+fn share_of_max<const N: usize>(values: &[f32; N], max_level: u8) -> (F16, [u8; N]) {
+    let max = values
+        .iter()
+        .fold(0.0, |max, &v| if v > max { v } else { max });
+    let per_unit = if max > 0.0 {
+        f32::from(max_level) / max
+    } else {
+        0.0
+    };
+    let unit = F16::from_f32(max / f32::from(max_level));
+    (unit, values.map(|v| nearest_int(per_unit * v) as u8))
+}

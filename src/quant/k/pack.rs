@@ -1,0 +1,101 @@
+//! How 6-bit scales and the levels' bits are packed into bytes.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::Super;
+
+/// Eight 6-bit scales and eight 6-bit minima in twelve bytes, as in Q4_K and Q5_K.
+///
+/// ```text
+/// byte        bits 7 6              5 4 3 2 1 0
+/// 0 + i       scale 4+i, bits 5 4   scale i
+/// 4 + i       min 4+i, bits 5 4     min i
+///             bits 7 6 5 4          3 2 1 0
+/// 8 + i       min 4+i, bits 3–0     scale 4+i, bits 3–0        i in 0..4
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct ScalesAndMins8(pub [u8; 12]);
+
+impl ScalesAndMins8 {
+    /// Packs scales and minima, each below 64. (The first four are not masked: a degenerate
+    /// scale above 63 spills into its neighbour as it does in ggml.)
+    pub fn pack(scales: &[u8; 8], mins: &[u8; 8]) -> Self {
+        let mut bytes = [0; 12];
+        for i in 0..4 {
+            bytes[i] = scales[i] | (scales[4 + i] >> 4) << 6;
+            bytes[4 + i] = mins[i] | (mins[4 + i] >> 4) << 6;
+            bytes[8 + i] = scales[4 + i] & 15 | mins[4 + i] << 4;
+        }
+        ScalesAndMins8(bytes)
+    }
+
+    /// The scales and the minima.
+    pub fn unpack(&self) -> ([u8; 8], [u8; 8]) {
+        let (mut scales, mut mins) = ([0; 8], [0; 8]);
+        for i in 0..4 {
+            let [a, b, c] = [self.0[i], self.0[4 + i], self.0[8 + i]];
+            scales[i] = a & 63;
+            mins[i] = b & 63;
+            scales[4 + i] = c & 15 | (a >> 6) << 4;
+            mins[4 + i] = c >> 4 | (b >> 6) << 4;
+        }
+        (scales, mins)
+    }
+}
+
+/// Sixteen signed 6-bit scales in twelve bytes, as in Q3_K. A scale is stored plus 32.
+///
+/// ```text
+/// byte        bits 7 6 5 4                    3 2 1 0
+/// i           scale 8+i, bits 3–0             scale i, bits 3–0               i in 0..8
+///             bits 7 6    5 4    3 2    1 0
+/// 8 + i       bits 5 4 of the scales 12+i, 8+i, 4+i, i                        i in 0..4
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct Scales16(pub [u8; 12]);
+
+impl Scales16 {
+    /// Packs scales that are stored plus 32, each below 64.
+    pub fn pack(stored: &[u8; 16]) -> Self {
+        let mut bytes = [0; 12];
+        for (i, &scale) in stored.iter().enumerate() {
+            bytes[i % 8] |= (scale & 15) << (4 * (i / 8));
+            bytes[8 + i % 4] |= (scale >> 4) << (2 * (i / 4));
+        }
+        Scales16(bytes)
+    }
+
+    /// The scales, from −32 to 31.
+    pub fn unpack(&self) -> [i8; 16] {
+        std::array::from_fn(|i| {
+            let low = self.0[i % 8] >> (4 * (i / 8)) & 15;
+            let high = self.0[8 + i % 4] >> (2 * (i / 4)) & 3;
+            (low | high << 4) as i8 - 32
+        })
+    }
+}
+
+/// Packs the low two bits of each level: byte `32·h + l` holds those of weight `l` of the
+/// stripes `4·h` (lowest) to `4·h + 3` (highest).
+pub(super) fn pack_2_bits(levels: &Super<u8>) -> [u8; 64] {
+    std::array::from_fn(|i| {
+        let first = i / 32 * 128 + i % 32;
+        (0..4).fold(0, |byte, k| byte | (levels[first + 32 * k] & 3) << (2 * k))
+    })
+}
+
+/// Packs the low four bits of each level, a byte for each pair of weights `DISTANCE` apart: the
+/// first `DISTANCE` bytes hold the first `2 · DISTANCE` weights, and so on.
+pub(super) fn pack_4_bits<const DISTANCE: usize>(levels: &Super<u8>) -> [u8; 128] {
+    std::array::from_fn(|i| {
+        let first = i / DISTANCE * 2 * DISTANCE + i % DISTANCE;
+        levels[first] & 15 | levels[first + DISTANCE] << 4
+    })
+}
+
+/// Packs one bit of each level: bit `j` of byte `l` is bit `bit` of weight `l` of stripe `j`.
+pub(super) fn pack_bit(levels: &Super<u8>, bit: u8) -> [u8; 32] {
+    std::array::from_fn(|l| (0..8).fold(0, |byte, j| byte | (levels[32 * j + l] >> bit & 1) << j))
+}

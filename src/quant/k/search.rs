@@ -1,0 +1,305 @@
+//! Searches for the scale and minimum of a sub-block, and for the scale of its scales.
+//!
+//! A sub-block of weights `x` is to be written as `scale·q − min` with whole levels `q`. For
+//! given levels the best scale and minimum are a weighted least-squares line, in closed form;
+//! for a given line the best levels are the nearest ones. What is hard is that the two depend
+//! on each other. [`fit_affine`] tries a fixed grid of line slopes, rounds the weights to
+//! levels with each, solves for the line that suits those levels best, and keeps the line with
+//! the least weighted error. The searches without a minimum, [`fit_scales`] and
+//! [`fit_by_descent`], go on from rounded levels by coordinate descent: move one level, keep
+//! the move if the optimal error falls.
+//!
+//! The results equal ggml's to the bit (`make_qkx2_quants`, `make_qkx3_quants`,
+//! `make_qp_quants`, `make_q3_quants`), so the order of every sum and the grouping of every
+//! product below is part of the format: `w * x * q` is not `w * (x * q)`.
+
+use crate::quant::search::{NEGLIGIBLE, largest_magnitude, nearest_int};
+
+/// A sub-block written as `scale·level − min`.
+#[derive(Clone, Copy)]
+pub(super) struct AffineFit<const N: usize> {
+    pub scale: f32,
+    /// What is subtracted; never negative.
+    pub min: f32,
+    /// Whole numbers from 0 to the highest level.
+    pub levels: [u8; N],
+}
+
+/// What a deviation of a weight from its line costs.
+#[derive(Clone, Copy)]
+pub(super) enum Cost {
+    Absolute,
+    Squared,
+}
+
+impl Cost {
+    fn of(self, deviation: f32) -> f32 {
+        match self {
+            Cost::Absolute => deviation.abs(),
+            Cost::Squared => deviation * deviation,
+        }
+    }
+}
+
+/// Candidates of [`fit_affine`]: candidate `i` in `0..=last` spreads the sub-block's range over
+/// `max_level + first + step·i` levels.
+#[derive(Clone, Copy)]
+pub(super) struct AffineGrid {
+    pub max_level: u8,
+    pub first: f32,
+    pub step: f32,
+    pub last: u8,
+    pub cost: Cost,
+    /// Whether a quotient beyond the reach of [`nearest_int`] becomes the nearest level or, as
+    /// the bits fall, any. Such quotients come from ranges near the smallest f32 only.
+    pub saturate: bool,
+}
+
+impl AffineGrid {
+    /// The grid that goes with importance weights, the same for every type.
+    pub const fn weighted(max_level: u8) -> Self {
+        AffineGrid {
+            max_level,
+            first: -0.9,
+            step: 0.05,
+            last: 36,
+            cost: Cost::Squared,
+            saturate: true,
+        }
+    }
+
+    /// The level nearest to `value`.
+    fn round(&self, value: f32) -> u8 {
+        nearest_int(value).clamp(0, i32::from(self.max_level)) as u8
+    }
+
+    /// The level nearest to `value`, for the candidates.
+    fn round_candidate(&self, value: f32) -> u8 {
+        if !self.saturate {
+            self.round(value)
+        } else if value > 0.0 {
+            nearest_int(value.min(f32::from(self.max_level))) as u8
+        } else {
+            0
+        }
+    }
+}
+
+/// Fits `x` by a line over levels, weighted.
+///
+/// For levels `q` the least-squares line solves the normal equations
+///
+/// ```text
+/// │ Σwq²  Σwq │ │  scale │   │ Σwqx │
+/// │ Σwq   Σw  │ │ −min   │ = │ Σwx  │
+/// ```
+///
+/// and where it would add rather than subtract, the line is forced through zero.
+#[inline(always)] // the grid is a constant of each caller
+pub(super) fn fit_affine<const N: usize>(
+    x: &[f32; N],
+    weights: &[f32; N],
+    grid: &AffineGrid,
+) -> AffineFit<N> {
+    let (mut low, mut high) = (x[0], x[0]);
+    let mut sum_w = weights[0];
+    let mut sum_wx = sum_w * x[0];
+    for (&x, &w) in x.iter().zip(weights).skip(1) {
+        low = if x < low { x } else { low };
+        high = if x > high { x } else { high };
+        sum_w += w;
+        sum_wx += w * x;
+    }
+    // Below, `offset` is the negated minimum.
+    let mut offset = if low > 0.0 { 0.0 } else { low };
+    if high == offset {
+        let levels = [0; N];
+        return AffineFit {
+            scale: 0.0,
+            min: -offset,
+            levels,
+        };
+    }
+
+    let top = f32::from(grid.max_level);
+    let error_of = |scale: f32, offset: f32, levels: &[u8; N]| {
+        let mut error = 0.0;
+        for i in 0..N {
+            error += weights[i] * grid.cost.of(scale * f32::from(levels[i]) + offset - x[i]);
+        }
+        error
+    };
+
+    let per_unit = top / (high - offset);
+    let mut scale = 1.0 / per_unit;
+    let mut levels = x.map(|x| grid.round(per_unit * (x - offset)));
+    let mut least = error_of(scale, offset, &levels);
+
+    for candidate in 0..=grid.last {
+        // The offset is that of the best line so far: the grid moves with it.
+        let per_unit = (grid.first + grid.step * f32::from(candidate) + top) / (high - offset);
+        let tried = x.map(|x| grid.round_candidate(per_unit * (x - offset)));
+        let (mut sum_wq, mut sum_wqq, mut sum_wqx) = (0.0, 0.0, 0.0);
+        for i in 0..N {
+            let q = f32::from(tried[i]);
+            let wq = weights[i] * q;
+            sum_wq += wq;
+            sum_wqq += wq * q;
+            sum_wqx += wq * x[i];
+        }
+        let determinant = sum_w * sum_wqq - sum_wq * sum_wq;
+        if determinant > 0.0 {
+            let mut new_scale = (sum_w * sum_wqx - sum_wx * sum_wq) / determinant;
+            let mut new_offset = (sum_wqq * sum_wx - sum_wq * sum_wqx) / determinant;
+            if new_offset > 0.0 {
+                new_offset = 0.0;
+                new_scale = sum_wqx / sum_wqq;
+            }
+            let error = error_of(new_scale, new_offset, &tried);
+            if error < least {
+                (least, scale, offset, levels) = (error, new_scale, new_offset, tried);
+            }
+        }
+    }
+    AffineFit {
+        scale,
+        min: -offset,
+        levels,
+    }
+}
+
+/// Fits non-negative values (a super-block's scales, or its minima) by `scale·level`, weighted.
+///
+/// Nine slopes around `max_level / max(values)` are tried, the best is refined by coordinate
+/// descent. A negative value (a degenerate sub-block can have a negative scale) wraps around to
+/// a high level, as it does in ggml.
+pub(super) fn fit_scales<const N: usize>(
+    values: &[f32; N],
+    weights: &[f32; N],
+    max_level: u8,
+) -> (f32, [u8; N]) {
+    let mut max = 0.0;
+    for &value in values {
+        max = if max > value { max } else { value };
+    }
+    if max < NEGLIGIBLE {
+        return (0.0, [0; N]);
+    }
+    let top = f32::from(max_level);
+    let clipped = |value: f32| nearest_int(value).min(i32::from(max_level));
+
+    let mut per_unit = top / max;
+    let error_of = |scale: f32, level_of: &dyn Fn(f32) -> f32| {
+        let mut error = 0.0;
+        for (&value, &w) in values.iter().zip(weights) {
+            let deviation = value - scale * level_of(value);
+            error += w * deviation * deviation;
+        }
+        error
+    };
+    let mut least = error_of(1.0 / per_unit, &|v| {
+        f32::from(nearest_int(per_unit * v) as u8)
+    });
+    for step in [-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0] {
+        let candidate = (0.1 * step + top) / max;
+        let error = error_of(1.0 / candidate, &|v| clipped(candidate * v) as f32);
+        if error < least {
+            (least, per_unit) = (error, candidate);
+        }
+    }
+
+    let mut levels = [0; N];
+    let (mut sum_wxq, mut sum_wqq) = (0.0, 0.0);
+    for i in 0..N {
+        let level = clipped(per_unit * values[i]);
+        levels[i] = level as u8;
+        let q = level as f32;
+        sum_wxq += weights[i] * values[i] * q;
+        sum_wqq += weights[i] * q * q;
+    }
+    for _ in 0..DESCENT_ROUNDS {
+        let mut moved = false;
+        for i in 0..N {
+            let (x, w, q) = (values[i], weights[i], f32::from(levels[i]));
+            // The sums without value i …
+            let rest_wxq = sum_wxq - w * x * q;
+            let rest_wqq = sum_wqq - w * q * q;
+            if rest_wxq > 0.0 && rest_wqq > 0.0 {
+                // … say which level suits it.
+                let level = clipped(x * rest_wqq / rest_wxq);
+                let q = level as f32;
+                let new_wxq = rest_wxq + w * x * q;
+                let new_wqq = rest_wqq + w * q * q;
+                let better = new_wxq * new_wxq * sum_wqq > sum_wxq * sum_wxq * new_wqq;
+                if better && level != i32::from(levels[i]) {
+                    levels[i] = level as u8;
+                    (sum_wxq, sum_wqq) = (new_wxq, new_wqq);
+                    moved = true;
+                }
+            }
+        }
+        if !moved {
+            break;
+        }
+    }
+    let scale = if sum_wqq > 0.0 {
+        sum_wxq / sum_wqq
+    } else {
+        0.0
+    };
+    (scale, levels)
+}
+
+/// Fits `x` by `scale·q` with `q` in `−half..half`, weighting each weight by its square.
+///
+/// Returns the scale and the levels `q + half`; for weights that are all negligible, zeros.
+pub(super) fn fit_by_descent<const N: usize>(x: &[f32; N], half: i8) -> (f32, [u8; N]) {
+    let largest = largest_magnitude(x);
+    if largest.abs() < NEGLIGIBLE {
+        return (0.0, [0; N]);
+    }
+    let clipped = |value: f32| nearest_int(value).clamp(-i32::from(half), i32::from(half) - 1);
+
+    let per_unit = f32::from(-half) / largest;
+    let mut levels = [0; N];
+    let (mut sum_wxq, mut sum_wqq) = (0.0, 0.0);
+    for (&x, level) in x.iter().zip(&mut levels) {
+        *level = clipped(per_unit * x);
+        let (w, q) = (x * x, *level as f32);
+        sum_wxq += w * x * q;
+        sum_wqq += w * q * q;
+    }
+    for _ in 0..DESCENT_ROUNDS {
+        let mut moved = false;
+        for (&x, level) in x.iter().zip(&mut levels) {
+            let (w, q) = (x * x, *level as f32);
+            let rest_wxq = sum_wxq - w * x * q;
+            let rest_wqq = sum_wqq - w * q * q;
+            if rest_wxq > 0.0 {
+                let new_level = clipped(x * rest_wqq / rest_wxq);
+                let q = new_level as f32;
+                let new_wxq = rest_wxq + w * x * q;
+                let new_wqq = rest_wqq + w * q * q;
+                let better =
+                    new_wqq > 0.0 && new_wxq * new_wxq * sum_wqq > sum_wxq * sum_wxq * new_wqq;
+                if better && new_level != *level {
+                    *level = new_level;
+                    (sum_wxq, sum_wqq) = (new_wxq, new_wqq);
+                    moved = true;
+                }
+            }
+        }
+        if !moved {
+            break;
+        }
+    }
+    let scale = if sum_wqq > 0.0 {
+        sum_wxq / sum_wqq
+    } else {
+        0.0
+    };
+    (scale, levels.map(|level| (level + i32::from(half)) as u8))
+}
+
+/// Coordinate descent goes over the levels at most so often.
+const DESCENT_ROUNDS: usize = 5;
