@@ -15,6 +15,8 @@ mod spm;
 mod stream;
 mod vocab;
 
+use std::borrow::Cow;
+
 use aho_corasick::{AhoCorasick, MatchKind};
 
 pub use stream::Stream;
@@ -66,7 +68,7 @@ enum Model {
 /// A piece of a text on its way to ids.
 enum Stretch<'t> {
     Text(&'t str),
-    Token(u32),
+    Token(u32, &'t str),
 }
 
 /// Texts of tokens that stand for themselves, and their ids.
@@ -96,7 +98,8 @@ impl Cuts {
             if done < found.start() {
                 stretches.push(Stretch::Text(&text[done..found.start()]));
             }
-            stretches.push(Stretch::Token(self.ids[found.pattern().as_usize()]));
+            let id = self.ids[found.pattern().as_usize()];
+            stretches.push(Stretch::Token(id, &text[found.range()]));
             done = found.end();
         }
         if done < text.len() {
@@ -225,33 +228,75 @@ impl Tokenizer {
         } else {
             &self.user_defined
         };
-        self.encode_stretches(cuts.cut(text), ids)
+        self.encode_stretches(cuts.cut(text), None, ids)
     }
 
+    /// `without` is left out of the text between tokens.
     fn encode_stretches(
         &self,
         stretches: Vec<Stretch<'_>>,
+        without: Option<char>,
         ids: &mut Vec<u32>,
     ) -> Result<(), Error> {
         let mut after_token = true;
         for stretch in stretches {
             match stretch {
-                Stretch::Token(id) => ids.push(id),
-                Stretch::Text(text) => match &self.model {
-                    Model::SentencePiece(model) => {
-                        let mut escaped = String::with_capacity(text.len() * 3 / 2);
-                        if self.adds_space && after_token {
-                            escaped.push(SPACE);
+                Stretch::Token(id, _) => ids.push(id),
+                Stretch::Text(text) => {
+                    let text = match without {
+                        Some(mark) if text.contains(mark) => Cow::Owned(text.replace(mark, "")),
+                        _ => Cow::Borrowed(text),
+                    };
+                    match &self.model {
+                        Model::SentencePiece(model) => {
+                            let prefix = (self.adds_space && after_token).then_some(' ');
+                            let spaced = prefix.into_iter().chain(text.chars());
+                            let escaped: String =
+                                spaced.map(|c| if c == ' ' { SPACE } else { c }).collect();
+                            model.encode(&self.vocab, &escaped, ids);
                         }
-                        escaped.extend(text.chars().map(|c| if c == ' ' { SPACE } else { c }));
-                        model.encode(&self.vocab, &escaped, ids);
+                        Model::ByteLevel(model) => model.encode(&text, ids)?,
                     }
-                    Model::ByteLevel(model) => model.encode(text, ids)?,
-                },
+                }
             }
-            after_token = matches!(stretch, Stretch::Token(_));
+            after_token = matches!(stretch, Stretch::Token(..));
         }
         Ok(())
+    }
+
+    /// `text` with `mark` set inside every stretch that would be a control token, so that it is none any more.
+    /// [`encode_broken`](Self::encode_broken) takes the marks out again. (A control token of a single
+    /// character cannot be broken; no vocabulary has one.)
+    pub(crate) fn break_control(&self, text: &str, mark: char) -> String {
+        let mut text = text.to_owned();
+        // A mark set in one token can lay another bare that overlapped it: until none is left.
+        loop {
+            let mut broken = String::with_capacity(text.len());
+            for stretch in self.special.cut(&text) {
+                match stretch {
+                    Stretch::Token(id, token)
+                        if self.is_hidden(id) && token.chars().count() > 1 =>
+                    {
+                        let mut letters = token.chars();
+                        broken.extend(letters.next());
+                        broken.push(mark);
+                        broken += letters.as_str();
+                    }
+                    Stretch::Text(text) | Stretch::Token(_, text) => broken += text,
+                }
+            }
+            if broken == text {
+                return text;
+            }
+            text = broken;
+        }
+    }
+
+    /// Ids of `text` with its control tokens, after which `mark` is taken out of the text between them.
+    pub(crate) fn encode_broken(&self, text: &str, mark: char) -> Result<Vec<u32>, Error> {
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        self.encode_stretches(self.special.cut(text), Some(mark), &mut ids)?;
+        Ok(ids)
     }
 
     /// The text of `ids`; bytes that are no UTF-8 become replacement characters, ids outside the

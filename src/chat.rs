@@ -1,1 +1,0 @@
-//! Conversations: messages, the file's chat template, fallbacks by name.
