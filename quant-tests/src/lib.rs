@@ -1,1 +1,3 @@
 //! Helpers shared by the tests: fixtures, generated rows, the oracle.
+
+pub mod rows;
