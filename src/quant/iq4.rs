@@ -75,7 +75,10 @@ fn decode_group(scale: f32, qs: &[u8; 16], weights: &mut [f32]) {
 /// Index of the value nearest to `x`, the upper one of two.
 #[inline]
 fn nearest_index(x: f32) -> u8 {
-    MIDDLES.iter().map(|&middle| u8::from(!(x < middle))).sum()
+    MIDDLES
+        .iter()
+        .map(|&middle| if x < middle { 0 } else { 1 })
+        .sum()
 }
 
 /// The value nearest to `x`: adds up the steps between the values that lie below.

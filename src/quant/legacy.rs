@@ -5,6 +5,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::float::F16;
+use super::k::{AffineGrid, fit_affine};
 use super::search::{
     fit_symmetric, importance_weights, inverse, largest_magnitude, sum_of_squares, truncate,
 };
@@ -133,7 +134,7 @@ fn pack_fifth_bits(levels: &[u8; LEN]) -> [u8; 4] {
 fn unpack_five_bits(qh: [u8; 4], qs: &[u8; LEN / 2]) -> [u8; LEN] {
     let high = u32::from_le_bytes(qh);
     let low = unpack_nibbles(qs);
-    std::array::from_fn(|j| low[j] | (high >> j & 1) as u8 * 16)
+    std::array::from_fn(|j| low[j] + (high >> j & 1) as u8 * 16)
 }
 
 #[inline]
@@ -218,7 +219,11 @@ fn encode_symmetric(half: i8, x: &[f32; LEN], weights: Option<&[f32; LEN]>) -> (
 fn encode_affine(top: i8, x: &[f32; LEN], weights: Option<&[f32; LEN]>) -> (F16, F16, [u8; LEN]) {
     match weights {
         None => round_affine(top, x),
-        Some(_weights) => todo!(),
+        Some(weights) => {
+            let fit = fit_affine(x, weights, &AffineGrid::weighted(top as u8));
+            let minimum = F16::from_f32(-fit.min);
+            (F16::from_f32(fit.scale), minimum, fit.levels)
+        }
     }
 }
 

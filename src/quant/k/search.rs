@@ -17,7 +17,7 @@ use crate::quant::search::{NEGLIGIBLE, largest_magnitude, nearest_int};
 
 /// A sub-block written as `scale·level − min`.
 #[derive(Clone, Copy)]
-pub(super) struct AffineFit<const N: usize> {
+pub(in crate::quant) struct AffineFit<const N: usize> {
     pub scale: f32,
     /// What is subtracted; never negative.
     pub min: f32,
@@ -27,7 +27,7 @@ pub(super) struct AffineFit<const N: usize> {
 
 /// What a deviation of a weight from its line costs.
 #[derive(Clone, Copy)]
-pub(super) enum Cost {
+pub(in crate::quant) enum Cost {
     Absolute,
     Squared,
 }
@@ -44,7 +44,7 @@ impl Cost {
 /// Candidates of [`fit_affine`]: candidate `i` in `0..=last` spreads the sub-block's range over
 /// `max_level + first + step·i` levels.
 #[derive(Clone, Copy)]
-pub(super) struct AffineGrid {
+pub(in crate::quant) struct AffineGrid {
     pub max_level: u8,
     pub first: f32,
     pub step: f32,
@@ -96,7 +96,7 @@ impl AffineGrid {
 ///
 /// and where it would add rather than subtract, the line is forced through zero.
 #[inline(always)] // the grid is a constant of each caller
-pub(super) fn fit_affine<const N: usize>(
+pub(in crate::quant) fn fit_affine<const N: usize>(
     x: &[f32; N],
     weights: &[f32; N],
     grid: &AffineGrid,
