@@ -216,21 +216,32 @@ impl Part<'_> {
 /// Quantizes a row, or whole groups of 32 columns of one: `q = round(x / scale)` with
 /// `scale = max |x| / 127` over 32 columns, halves rounded to even, and the sum of each 16
 /// codes. The arithmetic that every instruction set repeats bit for bit.
+///
+/// A group that holds a NaN or an infinity gets it as its scale, and codes of 0: the dot
+/// product is then NaN, not a number that hides it. A group too small for `127 / max` to be
+/// finite (below 4e-37) gets codes of 0.
 pub fn quantize(x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [i16]) {
     let groups = x.chunks_exact(SCALE_LEN).zip(q.chunks_exact_mut(SCALE_LEN));
-    for ((x, q), (scale, sums)) in groups.zip(
-        scales
-            .iter_mut()
-            .zip(sums.chunks_exact_mut(SCALE_LEN / SUM_LEN)),
-    ) {
-        let max = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+    let sums = sums.chunks_exact_mut(SCALE_LEN / SUM_LEN);
+    for ((x, q), (scale, sums)) in groups.zip(scales.iter_mut().zip(sums)) {
+        // Without their signs, floats are ordered as their bits are, with NaN at the top.
+        let max = x.iter().fold(0, |max, x| x.abs().to_bits().max(max));
+        let max = f32::from_bits(max);
         *scale = max / 127.0;
-        let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
+        let inverse = inverse_scale(max);
         for (q, x) in q.iter_mut().zip(x) {
-            *q = (x * inverse).round_ties_even() as i8;
+            *q = (x * inverse).round_ties_even() as i8; // NaN becomes 0
         }
         for (sum, q) in sums.iter_mut().zip(q.chunks_exact(SUM_LEN)) {
             *sum = q.iter().map(|&q| i16::from(q)).sum();
         }
     }
+}
+
+/// What activations of at most `max` are multiplied with to become codes; 0 where there is no
+/// finite number that would do.
+#[inline]
+pub(super) fn inverse_scale(max: f32) -> f32 {
+    let inverse = 127.0 / max;
+    if inverse.is_finite() { inverse } else { 0.0 }
 }

@@ -10,7 +10,12 @@
 //! F32, F16 and BF16 rows meet the activations in f32.
 
 pub mod activations;
+#[cfg(target_arch = "x86_64")]
+pub mod avx2;
 pub mod scalar;
+pub mod unpack;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 pub use activations::{Activation, Activations};
 
@@ -29,6 +34,9 @@ pub struct Kernels {
     pub name: &'static str,
     /// The dot product for each type.
     pub dot: fn(BlockType) -> DotRows,
+    /// The same in f32 throughout: rows are decoded and multiplied with `x.x`. For any type, and
+    /// slow: see [`Kernels::exact`].
+    pub exact: fn(BlockType) -> DotRows,
     /// Quantizes activations: see [`activations::quantize`].
     pub quantize: fn(x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [i16]),
     /// Dots f32 with f16: `Σ x[i] · y[i]` (a query with a key).
@@ -40,7 +48,11 @@ pub struct Kernels {
 impl Kernels {
     /// All tables that this CPU can run, the widest last; the first is [`scalar::KERNELS`].
     pub fn available() -> Vec<&'static Kernels> {
-        vec![&scalar::KERNELS]
+        #[allow(unused_mut)] // other architectures have no table of their own yet
+        let mut tables = vec![&scalar::KERNELS];
+        #[cfg(target_arch = "x86_64")]
+        tables.extend(avx2::kernels());
+        tables
     }
 
     /// The widest that this CPU can run.
@@ -55,6 +67,15 @@ impl Kernels {
         Self::available()
             .into_iter()
             .find(|kernels| kernels.name == name)
+    }
+
+    /// A table that multiplies with the activations in f32, for measuring what rounding them
+    /// to 8 bits costs. All else is as in this one.
+    pub fn exact(&self) -> Kernels {
+        Kernels {
+            dot: self.exact,
+            ..*self
+        }
     }
 
     /// `out[r] = rows[r] · x`.

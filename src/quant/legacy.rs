@@ -115,7 +115,7 @@ pub(super) fn pack_nibbles(levels: &[u8; LEN]) -> [u8; LEN / 2] {
 
 /// The 32 levels that [`pack_nibbles`] packed.
 #[inline]
-pub(super) fn unpack_nibbles(qs: &[u8; LEN / 2]) -> [u8; LEN] {
+pub(crate) fn unpack_nibbles(qs: &[u8; LEN / 2]) -> [u8; LEN] {
     std::array::from_fn(|j| if j < 16 { qs[j] & 15 } else { qs[j - 16] >> 4 })
 }
 
@@ -131,7 +131,7 @@ fn pack_fifth_bits(levels: &[u8; LEN]) -> [u8; 4] {
 
 /// The 32 levels of five bits each.
 #[inline]
-fn unpack_five_bits(qh: [u8; 4], qs: &[u8; LEN / 2]) -> [u8; LEN] {
+pub(crate) fn unpack_five_bits(qh: [u8; 4], qs: &[u8; LEN / 2]) -> [u8; LEN] {
     let high = u32::from_le_bytes(qh);
     let low = unpack_nibbles(qs);
     std::array::from_fn(|j| low[j] + (high >> j & 1) as u8 * 16)

@@ -23,7 +23,8 @@ pub use float::{BF16, F16, F32};
 pub use iq4::{BlockIQ4NL, BlockIQ4XS, IQ4_VALUES};
 pub use k::{BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5K, BlockQ6K, Scales16, ScalesAndMins8};
 pub use legacy::{BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0};
-pub use mxfp4::BlockMXFP4;
+pub(crate) use legacy::{unpack_five_bits, unpack_nibbles};
+pub use mxfp4::{BlockMXFP4, MXFP4_DOUBLED};
 
 /// How a tensor's rows are stored, under ggml's names and ids.
 #[allow(non_camel_case_types)] // the field's own names

@@ -7,7 +7,7 @@ use super::legacy::unpack_nibbles;
 use super::{Block, BlockType};
 
 /// Twice the values of E2M1 (sign, two bits of exponent, one of mantissa): whole numbers.
-const DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+pub const MXFP4_DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 /// 32 weights of 4 bits: `w = 2^(e − 127)·E2M1(q)`.
 ///
@@ -27,14 +27,16 @@ pub struct BlockMXFP4 {
 
 const _: () = assert!(size_of::<BlockMXFP4>() == 17);
 
-/// 2^(e − 128), the scale of doubled values. As in ggml, 255 (the specification's NaN) is no
-/// special case.
-#[inline]
-fn half_scale(e: u8) -> f32 {
-    f32::from_bits(match e {
-        0 | 1 => 0x0020_0000 << e, // denormal
-        _ => u32::from(e - 1) << 23,
-    })
+impl BlockMXFP4 {
+    /// 2^(e − 128), the scale of doubled values. As in ggml, 255 (the specification's NaN) is
+    /// no special case.
+    #[inline]
+    pub fn scale(&self) -> f32 {
+        f32::from_bits(match self.e {
+            0 | 1 => 0x0020_0000 << self.e, // denormal
+            _ => u32::from(self.e - 1) << 23,
+        })
+    }
 }
 
 impl Block for BlockMXFP4 {
@@ -43,9 +45,9 @@ impl Block for BlockMXFP4 {
 
     #[inline]
     fn decode(&self, weights: &mut [f32]) {
-        let scale = half_scale(self.e);
+        let scale = self.scale();
         for (weight, index) in weights.iter_mut().zip(unpack_nibbles(&self.qs)) {
-            *weight = f32::from(DOUBLED[usize::from(index)]) * scale;
+            *weight = f32::from(MXFP4_DOUBLED[usize::from(index)]) * scale;
         }
     }
 }

@@ -1,0 +1,196 @@
+//! What the kernels for AVX2 and AVX-512 have in common: the scales of super-blocks.
+
+use std::arch::x86_64::*;
+
+use crate::quant::{Block, BlockIQ4XS, BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5K, BlockQ6K, F16};
+
+/// A block of 256 weights with scales (and, perhaps, minima) in units of its own.
+pub(super) trait SuperBlock: Block {
+    /// Whether there are minima.
+    const MINIMA: bool = false;
+
+    /// The unit of the scales.
+    fn d(&self) -> F16;
+
+    /// The unit of the minima.
+    fn dmin(&self) -> F16 {
+        F16::default()
+    }
+
+    /// Scale and minimum of each 16 columns, as signed bytes.
+    ///
+    /// # Safety
+    /// The CPU has AVX2.
+    unsafe fn scales_and_minima(&self) -> (__m128i, __m128i);
+}
+
+impl SuperBlock for BlockQ2K {
+    const MINIMA: bool = true;
+
+    #[inline]
+    fn d(&self) -> F16 {
+        self.d
+    }
+
+    #[inline]
+    fn dmin(&self) -> F16 {
+        self.dmin
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn scales_and_minima(&self) -> (__m128i, __m128i) {
+        let both = load_16(&self.scales);
+        let nibble = _mm_set1_epi8(15);
+        let minima = _mm_and_si128(_mm_srli_epi16::<4>(both), nibble);
+        (_mm_and_si128(both, nibble), minima)
+    }
+}
+
+impl SuperBlock for BlockQ3K {
+    #[inline]
+    fn d(&self) -> F16 {
+        self.d
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn scales_and_minima(&self) -> (__m128i, __m128i) {
+        let (low, high) = low_8_high_4(&self.scales.0);
+        let two = |bits: u32| u64::from(bits & 0x0303_0303) << 4;
+        let first = low & NIBBLES | two(high) | two(high >> 2) << 32;
+        let second = low >> 4 & NIBBLES | two(high >> 4) | two(high >> 6) << 32;
+        let stored = _mm_set_epi64x(second as i64, first as i64);
+        (_mm_sub_epi8(stored, _mm_set1_epi8(32)), _mm_setzero_si128())
+    }
+}
+
+impl SuperBlock for BlockQ4K {
+    const MINIMA: bool = true;
+
+    #[inline]
+    fn d(&self) -> F16 {
+        self.d
+    }
+
+    #[inline]
+    fn dmin(&self) -> F16 {
+        self.dmin
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn scales_and_minima(&self) -> (__m128i, __m128i) {
+        eight_scales_and_minima(&self.scales.0)
+    }
+}
+
+impl SuperBlock for BlockQ5K {
+    const MINIMA: bool = true;
+
+    #[inline]
+    fn d(&self) -> F16 {
+        self.d
+    }
+
+    #[inline]
+    fn dmin(&self) -> F16 {
+        self.dmin
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn scales_and_minima(&self) -> (__m128i, __m128i) {
+        eight_scales_and_minima(&self.scales.0)
+    }
+}
+
+impl SuperBlock for BlockQ6K {
+    #[inline]
+    fn d(&self) -> F16 {
+        self.d
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn scales_and_minima(&self) -> (__m128i, __m128i) {
+        let scales = load_16(bytemuck::cast_ref(&self.scales));
+        (scales, _mm_setzero_si128())
+    }
+}
+
+impl SuperBlock for BlockIQ4XS {
+    #[inline]
+    fn d(&self) -> F16 {
+        self.d
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn scales_and_minima(&self) -> (__m128i, __m128i) {
+        let mut low = u64::from(u32::from_le_bytes(self.scales_l));
+        low = (low | low << 16) & 0x0000_ffff_0000_ffff;
+        low = (low | low << 8) & 0x00ff_00ff_00ff_00ff;
+        low = (low | low << 4) & NIBBLES;
+        let mut high = u64::from(u16::from_le_bytes(self.scales_h));
+        high = (high | high << 24) & 0x0000_00ff_0000_00ff;
+        high = (high | high << 12) & 0x000f_000f_000f_000f;
+        high = (high | high << 6) & 0x0303_0303_0303_0303;
+        let stored = _mm_cvtsi64_si128((low | high << 4) as i64);
+        let scales = _mm_sub_epi8(stored, _mm_set1_epi8(32));
+        (_mm_unpacklo_epi8(scales, scales), _mm_setzero_si128())
+    }
+}
+
+const NIBBLES: u64 = 0x0f0f_0f0f_0f0f_0f0f;
+
+/// The eight scales and eight minima of Q4_K and Q5_K, each twice: they cover 32 columns.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn eight_scales_and_minima(packed: &[u8; 12]) -> (__m128i, __m128i) {
+    // Bytes 0 to 3 are scales, 4 to 7 minima: of the first four sub-blocks in the low six bits,
+    // of the others two bits at the top, their nibbles being in bytes 8 to 11.
+    let (low, nibbles) = low_8_high_4(packed);
+    let nibbles = u64::from(nibbles) | u64::from(nibbles) << 28;
+    let first = low & 0x3f3f_3f3f_3f3f_3f3f;
+    let others = low >> 2 & 0x3030_3030_3030_3030 | nibbles & NIBBLES;
+    let (first, others) = (
+        _mm_cvtsi64_si128(first as i64),
+        _mm_cvtsi64_si128(others as i64),
+    );
+    let all = _mm_unpacklo_epi32(first, others);
+    (_mm_unpacklo_epi8(all, all), _mm_unpackhi_epi8(all, all))
+}
+
+#[inline]
+fn low_8_high_4(bytes: &[u8; 12]) -> (u64, u32) {
+    let [a, b, c] = bytemuck::cast::<[u8; 12], [[u8; 4]; 3]>(*bytes).map(u32::from_le_bytes);
+    (u64::from(a) | u64::from(b) << 32, c)
+}
+
+/// A half's bits.
+#[inline]
+pub(super) fn half_bits(half: F16) -> u16 {
+    u16::from_le_bytes(bytemuck::cast(half))
+}
+
+/// Halves as `half` has them, as those of blocks.
+#[inline]
+pub(super) fn as_blocks(halves: &[half::f16]) -> &[F16] {
+    // SAFETY: both are 16 bits of the same format, any bits are valid, and F16's alignment is 1.
+    unsafe { std::slice::from_raw_parts(halves.as_ptr().cast(), halves.len()) }
+}
+
+/// A half in 8 lanes of f32.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+pub(super) fn broadcast_f16(half: F16) -> __m256 {
+    _mm256_cvtph_ps(_mm_set1_epi16(half_bits(half) as i16))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn load_16(from: &[u8; 16]) -> __m128i {
+    // SAFETY: the array is as long as the register, and the load takes any alignment.
+    unsafe { _mm_loadu_si128(from.as_ptr().cast()) }
+}
