@@ -1,7 +1,285 @@
 //! [`Engine`], the loaded model, and [`Session`], one timeline with its KV cache.
+//!
+//! Everything above (chat, perplexity, bench) sees only these two: tokens in, logits out as
+//! slices. An engine is shared by any number of sessions; the pool and the scratch memory are
+//! the engine's, and forward passes take turns.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::gguf::{self, Gguf};
+use crate::kernels::Kernels;
+use crate::model::{self, KvCache, Model, Slot, State, forward};
+use crate::plan::{self, PROMPT_BATCH};
+use crate::threads::Pool;
+use crate::tokenizer::{self, Tokenizer};
+
+/// Why a model cannot be loaded or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file does not make a model.
+    #[error(transparent)]
+    Model(#[from] model::Error),
+    /// The vocabulary in the file is unusable.
+    #[error(transparent)]
+    Tokenizer(#[from] tokenizer::Error),
+    /// The kernels asked for do not exist on this CPU.
+    #[error("no kernels named {name:?} on this CPU; there are: {}", available.join(", "))]
+    Kernels {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        available: Vec<&'static str>,
+    },
+    /// More tokens than the session has room for.
+    #[error(
+        "{wanted} tokens do not fit into the context of {capacity}; raise --ctx or shorten the text"
+    )]
+    ContextFull {
+        /// Tokens that the session would hold.
+        wanted: usize,
+        /// Tokens that fit.
+        capacity: usize,
+    },
+    /// A token outside the vocabulary.
+    #[error("token {token} is outside the vocabulary of {vocab}")]
+    Token {
+        /// The token.
+        token: u32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// A session needs at least one token to predict from.
+    #[error("there is nothing to predict from: the prompt is empty")]
+    Empty,
+}
+
+impl From<gguf::Error> for Error {
+    fn from(error: gguf::Error) -> Self {
+        Self::Model(error.into())
+    }
+}
+
+/// How quantized rows meet the activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ActivationMode {
+    /// As 8-bit codes with one scale for 32: fast.
+    #[default]
+    Int8,
+    /// In f32, weights decoded: the exact reference, slow.
+    F32,
+}
+
+/// How to load a model.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Threads; `None` for one a physical core that the process may use.
+    pub threads: Option<usize>,
+    /// Kernels by name; `None` for the widest that the CPU has.
+    pub kernels: Option<String>,
+    /// How quantized rows meet the activations.
+    pub activations: ActivationMode,
+}
 
 /// A loaded, shareable model.
-pub struct Engine;
+pub struct Engine {
+    path: PathBuf,
+    gguf: Gguf,
+    model: Model,
+    tokenizer: Tokenizer,
+    kernels: Kernels,
+    pool: Pool,
+    state: Mutex<State>,
+}
 
-/// One timeline with its KV cache.
-pub struct Session;
+impl Engine {
+    /// Opens and maps `path`, and starts the threads.
+    ///
+    /// # Errors
+    /// When the file is damaged or holds another architecture; each error names file, key or
+    /// tensor.
+    pub fn load(path: &Path, options: &Options) -> Result<Arc<Self>, Error> {
+        let kernels = match &options.kernels {
+            None => Kernels::best(),
+            Some(name) => Kernels::named(name).ok_or_else(|| Error::Kernels {
+                name: name.clone(),
+                available: Kernels::available()
+                    .iter()
+                    .map(|kernels| kernels.name)
+                    .collect(),
+            })?,
+        };
+        let kernels = match options.activations {
+            ActivationMode::Int8 => *kernels,
+            ActivationMode::F32 => kernels.exact(),
+        };
+        let gguf = gguf::read(path)?;
+        let model = Model::open(&gguf)?;
+        let tokenizer = Tokenizer::from_metadata(&gguf.metadata)?;
+        let state = Mutex::new(State::new(&model.config, PROMPT_BATCH));
+        let pool = Pool::new(options.threads.unwrap_or_else(default_threads));
+        Ok(Arc::new(Self {
+            path: path.to_owned(),
+            gguf,
+            model,
+            tokenizer,
+            kernels,
+            pool,
+            state,
+        }))
+    }
+
+    /// The file that the model was loaded from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Metadata and tensor table of the file.
+    pub fn gguf(&self) -> &Gguf {
+        &self.gguf
+    }
+
+    /// The graph's numbers.
+    pub fn config(&self) -> &model::Config {
+        &self.model.config
+    }
+
+    /// Extents of the graph.
+    pub fn shape(&self) -> &plan::Shape {
+        &self.model.config.shape
+    }
+
+    /// The vocabulary.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Name of the kernels in use.
+    pub fn kernels(&self) -> &'static str {
+        self.kernels.name
+    }
+
+    /// The thread pool, for work beside the forward pass (measuring the machine's limits, say).
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// An empty timeline with room for `context` tokens.
+    pub fn session(self: &Arc<Self>, context: usize) -> Session {
+        Session {
+            cache: KvCache::new(&self.model.config, context),
+            tokens: Vec::new(),
+            logits: Vec::new(),
+            engine: Arc::clone(self),
+        }
+    }
+
+    /// One forward pass; the guard gives access to the logits.
+    fn forward(&self, slots: Vec<Slot<'_>>) -> MutexGuard<'_, State> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        forward(&self.model, &self.pool, &self.kernels, &mut state, slots);
+        state
+    }
+}
+
+/// One thread a core that the process may run on.
+fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// One timeline: the tokens so far, their keys and values, and the logits of the last one.
+pub struct Session {
+    engine: Arc<Engine>,
+    cache: KvCache,
+    tokens: Vec<u32>,
+    logits: Vec<f32>,
+}
+
+impl Session {
+    /// The model that this is a session of.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
+    /// The tokens so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Tokens that fit.
+    pub fn capacity(&self) -> usize {
+        self.cache.capacity()
+    }
+
+    /// Logits after the last token, one a vocabulary entry; empty before the first, and after
+    /// a [`rewind`](Self::rewind).
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Appends `tokens` and returns the logits after the last of them.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`], [`Error::Token`], and [`Error::Empty`] where `tokens` is empty;
+    /// the session is then unchanged.
+    pub fn feed(&mut self, tokens: &[u32]) -> Result<&[f32], Error> {
+        let last = tokens.len().checked_sub(1).ok_or(Error::Empty)?;
+        self.score(tokens, last, |_, _| {})?;
+        Ok(&self.logits)
+    }
+
+    /// Appends `tokens` and calls `visit(i, logits)` for each index `i >= from` with the logits
+    /// after `tokens[i]`, in order. The last logits are kept as by [`feed`](Self::feed).
+    ///
+    /// # Errors
+    /// As [`feed`](Self::feed).
+    pub fn score(
+        &mut self,
+        tokens: &[u32],
+        from: usize,
+        mut visit: impl FnMut(usize, &[f32]),
+    ) -> Result<(), Error> {
+        let vocab = self.engine.shape().vocab;
+        let wanted = self.tokens.len() + tokens.len();
+        if tokens.is_empty() {
+            return Err(Error::Empty);
+        }
+        if wanted > self.capacity() {
+            return Err(Error::ContextFull {
+                wanted,
+                capacity: self.capacity(),
+            });
+        }
+        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocab) {
+            return Err(Error::Token { token, vocab });
+        }
+        let from = from.min(tokens.len() - 1);
+        for (index, part) in tokens.chunks(PROMPT_BATCH).enumerate() {
+            let start = index * PROMPT_BATCH;
+            let logits_from = from.saturating_sub(start).min(part.len());
+            let state = self.engine.forward(vec![Slot {
+                cache: &mut self.cache,
+                tokens: part,
+                logits_from,
+            }]);
+            for (offset, logits) in state.logits.chunks_exact(vocab).enumerate() {
+                visit(start + logits_from + offset, logits);
+            }
+            if start + part.len() == tokens.len() {
+                self.logits.clear();
+                self.logits
+                    .extend_from_slice(&state.logits[state.logits.len() - vocab..]);
+            }
+        }
+        self.tokens.extend_from_slice(tokens);
+        Ok(())
+    }
+
+    /// Forgets all but the first `len` tokens; the logits are gone until the next
+    /// [`feed`](Self::feed).
+    pub fn rewind(&mut self, len: usize) {
+        self.tokens.truncate(len);
+        self.cache.len = self.tokens.len();
+        self.logits.clear();
+    }
+}

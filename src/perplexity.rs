@@ -1,1 +1,406 @@
 //! Perplexity and KL divergence by llama-perplexity's rules.
+//!
+//! A text is tokenized once and cut into chunks of the context's length, without overlap, the
+//! tail dropped. The first token of each chunk is replaced by BOS where the vocabulary adds
+//! one. The second half of each chunk is scored: with a context of 512, the logits after
+//! positions 256 to 510 predict tokens 257 to 511, 255 scores a chunk. Perplexity is
+//! `exp(mean NLL)`, its standard error `PPL · sd(NLL) / √(n − 1)`.
+//!
+//! Against a base model the same positions give the divergence `KL(base ‖ model)` over the
+//! whole vocabulary, the change `Δp` of the true token's probability, and whether both rank
+//! the same token first. The base runs beside the model; nothing is written to disk.
+
+use crate::engine::{Error, Session};
+use crate::threads::Pool;
+use crate::tokenizer::{self, Tokenizer};
+
+/// A text, cut into chunks.
+pub struct Chunks {
+    tokens: Vec<u32>,
+    context: usize,
+    bos: Option<u32>,
+}
+
+/// Why a text cannot be cut.
+#[derive(Debug, thiserror::Error)]
+pub enum TextError {
+    /// The tokenizer refused.
+    #[error(transparent)]
+    Tokenizer(#[from] tokenizer::Error),
+    /// The text does not fill one chunk.
+    #[error(
+        "the text has {tokens} tokens, less than one chunk of {context}; give a longer one or a smaller --ctx"
+    )]
+    Short {
+        /// Tokens there are.
+        tokens: usize,
+        /// Tokens of a chunk.
+        context: usize,
+    },
+    /// A chunk must have a second half to score.
+    #[error("a context of {0} is too small; at least 4 tokens are needed")]
+    Context(usize),
+}
+
+impl Chunks {
+    /// Cuts `text` into chunks of `context` tokens; at most `limit` of them.
+    ///
+    /// # Errors
+    /// When the text does not fill one chunk.
+    pub fn new(
+        tokenizer: &Tokenizer,
+        text: &str,
+        context: usize,
+        limit: Option<usize>,
+    ) -> Result<Self, TextError> {
+        if context < 4 {
+            return Err(TextError::Context(context));
+        }
+        let mut tokens = tokenizer.encode_with_bos(text, false)?;
+        if tokens.len() < context {
+            return Err(TextError::Short {
+                tokens: tokens.len(),
+                context,
+            });
+        }
+        let chunks = (tokens.len() / context).min(limit.unwrap_or(usize::MAX).max(1));
+        tokens.truncate(chunks * context);
+        Ok(Self {
+            tokens,
+            context,
+            bos: tokenizer.bos().filter(|_| tokenizer.adds_bos()),
+        })
+    }
+
+    /// Number of chunks.
+    #[allow(clippy::len_without_is_empty)] // there is at least one
+    pub fn len(&self) -> usize {
+        self.tokens.len() / self.context
+    }
+
+    /// Tokens of a chunk.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Chunk `index` as it is fed to a model.
+    fn tokens(&self, index: usize) -> Vec<u32> {
+        let mut tokens = self.tokens[index * self.context..(index + 1) * self.context].to_vec();
+        tokens[0] = self.bos.unwrap_or(tokens[0]);
+        tokens
+    }
+
+    /// The tokens of chunk `index` that are predicted: the second half, without its first.
+    fn targets(&self, index: usize) -> &[u32] {
+        let chunk = &self.tokens[index * self.context..(index + 1) * self.context];
+        &chunk[self.first() + 1..]
+    }
+
+    /// The first position whose logits are scored.
+    fn first(&self) -> usize {
+        self.context / 2
+    }
+}
+
+/// The logits of a chunk's scored positions, `[positions, vocab]`, and the tokens that came.
+pub struct Scored<'a> {
+    logits: Vec<f32>,
+    targets: &'a [u32],
+}
+
+/// Runs chunk `index` through `session`, which is emptied first.
+///
+/// # Errors
+/// As [`Session::feed`].
+pub fn score<'a>(
+    session: &mut Session,
+    chunks: &'a Chunks,
+    index: usize,
+) -> Result<Scored<'a>, Error> {
+    let targets = chunks.targets(index);
+    let mut logits = Vec::with_capacity(targets.len() * session.engine().shape().vocab);
+    session.rewind(0);
+    // The last position predicts a token of the next chunk: it is left out.
+    session.score(&chunks.tokens(index), chunks.first(), |position, row| {
+        if position + 1 < chunks.context {
+            logits.extend_from_slice(row);
+        }
+    })?;
+    Ok(Scored { logits, targets })
+}
+
+/// What is known of one scored position.
+#[derive(Clone, Copy, Default)]
+struct Position {
+    /// −ln of the true token's probability.
+    nll: f64,
+    /// The same for the base.
+    base_nll: f64,
+    /// KL(base ‖ model).
+    kld: f64,
+    /// Both rank the same token first.
+    same_top: bool,
+}
+
+/// Collects scored positions.
+#[derive(Default)]
+pub struct Tally {
+    positions: Vec<Position>,
+}
+
+impl Tally {
+    /// Adds a chunk of the model, with the same chunk of the base where there is one.
+    pub fn add(&mut self, pool: &Pool, model: &Scored<'_>, base: Option<&Scored<'_>>) {
+        let vocab = model.logits.len() / model.targets.len();
+        let start = self.positions.len();
+        self.positions
+            .resize(start + model.targets.len(), Position::default());
+        let row = |scored: &Scored<'_>, i: usize| -> std::ops::Range<usize> {
+            debug_assert_eq!(scored.logits.len(), scored.targets.len() * vocab);
+            i * vocab..(i + 1) * vocab
+        };
+        pool.chunks(&mut self.positions[start..], 1, |i, position| {
+            let target = model.targets[i] as usize;
+            let ours = LogSoftmax::of(&model.logits[row(model, i)]);
+            position[0].nll = -ours.of_token(target);
+            if let Some(base) = base {
+                let theirs = LogSoftmax::of(&base.logits[row(base, i)]);
+                position[0].base_nll = -theirs.of_token(target);
+                position[0].kld = theirs.divergence(&ours);
+                position[0].same_top = theirs.top == ours.top;
+            }
+        });
+    }
+
+    /// Number of scored tokens so far.
+    pub fn tokens(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Perplexity and its standard error.
+    pub fn perplexity(&self) -> Estimate {
+        perplexity(self.positions.iter().map(|position| position.nll))
+    }
+
+    /// The comparison with the base; only meaningful if every [`add`](Self::add) had one.
+    pub fn divergence(&self) -> Divergence {
+        let positions = &self.positions;
+        let mut kld: Vec<f64> = positions.iter().map(|position| position.kld).collect();
+        kld.sort_by(f64::total_cmp);
+        let mut dp: Vec<f64> = positions
+            .iter()
+            .map(|position| (-position.nll).exp() - (-position.base_nll).exp())
+            .collect();
+        dp.sort_by(f64::total_cmp);
+        let squares = dp.iter().map(|dp| dp * dp).sum::<f64>() / dp.len() as f64;
+        Divergence {
+            base: perplexity(positions.iter().map(|position| position.base_nll)),
+            ln_ratio: Estimate::of_mean(
+                positions
+                    .iter()
+                    .map(|position| position.nll - position.base_nll),
+            ),
+            kld: Estimate::of_mean(kld.iter().copied()),
+            dp: Estimate::of_mean(dp.iter().copied()),
+            dp_rms: squares.sqrt(),
+            same_top: positions
+                .iter()
+                .filter(|position| position.same_top)
+                .count() as f64
+                / positions.len() as f64,
+            kld_sorted: kld,
+            dp_sorted: dp,
+        }
+    }
+}
+
+/// The comparison of a model with its base.
+pub struct Divergence {
+    /// The base's perplexity on the same tokens.
+    pub base: Estimate,
+    /// Mean of ln(PPL / PPL of the base), with the error of paired differences.
+    pub ln_ratio: Estimate,
+    /// KL(base ‖ model), in nats.
+    pub kld: Estimate,
+    /// Mean change of the true token's probability.
+    pub dp: Estimate,
+    /// Root of the mean square of that change.
+    pub dp_rms: f64,
+    /// Share of positions at which both rank the same token first.
+    pub same_top: f64,
+    kld_sorted: Vec<f64>,
+    dp_sorted: Vec<f64>,
+}
+
+impl Divergence {
+    /// The divergence that the share `fraction` of positions stays below.
+    pub fn kld_percentile(&self, fraction: f64) -> f64 {
+        percentile(&self.kld_sorted, fraction)
+    }
+
+    /// The change of probability that the share `fraction` of positions stays below.
+    pub fn dp_percentile(&self, fraction: f64) -> f64 {
+        percentile(&self.dp_sorted, fraction)
+    }
+}
+
+impl Divergence {
+    /// The figures under the names that `fewbit perplexity --json` prints.
+    pub fn to_json(&self) -> serde_json::Map<String, serde_json::Value> {
+        let figures = [
+            ("ppl_base", self.base.value),
+            ("ln_ratio", self.ln_ratio.value),
+            ("ln_ratio_se", self.ln_ratio.se),
+            ("kld_mean", self.kld.value),
+            ("kld_se", self.kld.se),
+            ("kld_median", self.kld_percentile(0.5)),
+            ("kld_p99", self.kld_percentile(0.99)),
+            ("kld_p999", self.kld_percentile(0.999)),
+            ("kld_max", self.kld_percentile(1.0)),
+            ("dp_mean", self.dp.value),
+            ("dp_rms", self.dp_rms),
+            ("same_top", self.same_top),
+        ];
+        figures
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value.into()))
+            .collect()
+    }
+}
+
+/// A value with its standard error.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Estimate {
+    /// The value.
+    pub value: f64,
+    /// Its standard error.
+    pub se: f64,
+}
+
+impl Estimate {
+    /// The mean of `values` (not empty) and its standard error, `sd / √(n − 1)`.
+    fn of_mean(values: impl Iterator<Item = f64> + Clone) -> Self {
+        let n = values.clone().count() as f64;
+        let mean = values.clone().sum::<f64>() / n;
+        let variance = values.map(|value| (value - mean).powi(2)).sum::<f64>() / n;
+        Self {
+            value: mean,
+            se: if n > 1.0 {
+                (variance / (n - 1.0)).sqrt()
+            } else {
+                f64::NAN
+            },
+        }
+    }
+}
+
+fn perplexity(nll: impl Iterator<Item = f64> + Clone) -> Estimate {
+    let mean = Estimate::of_mean(nll);
+    let ppl = mean.value.exp();
+    Estimate {
+        value: ppl,
+        se: ppl * mean.se,
+    }
+}
+
+/// Linear interpolation between the sorted values around `fraction · (n − 1)`.
+fn percentile(sorted: &[f64], fraction: f64) -> f64 {
+    let at = fraction.clamp(0.0, 1.0) * (sorted.len() - 1) as f64;
+    let (below, above) = (sorted[at.floor() as usize], sorted[at.ceil() as usize]);
+    below + (above - below) * at.fract()
+}
+
+/// A row of logits with what turns them into log-probabilities.
+struct LogSoftmax<'a> {
+    logits: &'a [f32],
+    /// ln Σ exp(logit).
+    log_sum: f64,
+    /// The most likely token.
+    top: usize,
+}
+
+impl<'a> LogSoftmax<'a> {
+    fn of(logits: &'a [f32]) -> Self {
+        let top = (0..logits.len()).fold(0, |top, i| if logits[i] > logits[top] { i } else { top });
+        let max = f64::from(logits[top]);
+        let sum: f64 = logits
+            .iter()
+            .map(|&logit| f64::from((logit - logits[top]).exp()))
+            .sum();
+        Self {
+            logits,
+            log_sum: max + sum.ln(),
+            top,
+        }
+    }
+
+    /// ln of the probability of `token`.
+    fn of_token(&self, token: usize) -> f64 {
+        f64::from(self.logits[token]) - self.log_sum
+    }
+
+    /// `Σ p · (ln p − ln q)` for `p` of `self` and `q` of `other`.
+    fn divergence(&self, other: &Self) -> f64 {
+        let shift = self.log_sum - other.log_sum;
+        let terms = self.logits.iter().zip(other.logits).map(|(&p, &q)| {
+            let log_p = f64::from(p) - self.log_sum;
+            f64::from((log_p as f32).exp()) * (f64::from(p) - f64::from(q) - shift)
+        });
+        terms.sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_logits_diverge_by_nothing_even_when_shifted() {
+        let a: Vec<f32> = (0..50).map(|i| (i as f32 * 0.7).sin() * 5.0).collect();
+        let b: Vec<f32> = a.iter().map(|x| x + 3.0).collect();
+        assert!(LogSoftmax::of(&a).divergence(&LogSoftmax::of(&b)).abs() < 1e-6);
+    }
+
+    #[test]
+    fn divergence_of_two_coins() {
+        let coin = |p: f32| [p.ln(), (1.0 - p).ln()];
+        let (fair, biased) = (coin(0.5), coin(0.9));
+        let expected = 0.5 * (0.5f64 / 0.9).ln() + 0.5 * (0.5f64 / 0.1).ln();
+        let found = LogSoftmax::of(&fair).divergence(&LogSoftmax::of(&biased));
+        assert!(
+            (found - expected).abs() < 1e-6,
+            "{found} instead of {expected}"
+        );
+    }
+
+    #[test]
+    fn perplexity_of_a_fair_die_is_its_sides() {
+        let mut tally = Tally::default();
+        let die = Scored {
+            logits: vec![1.5; 6 * 4],
+            targets: &[0, 3, 5, 2],
+        };
+        tally.add(&Pool::new(1), &die, Some(&die));
+        let ppl = tally.perplexity();
+        assert!(
+            (ppl.value - 6.0).abs() < 1e-6 && ppl.se.abs() < 1e-6,
+            "{ppl:?}"
+        );
+        let divergence = tally.divergence();
+        assert_eq!((divergence.same_top, tally.tokens()), (1.0, 4));
+        assert!(divergence.kld_percentile(1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_standard_error_is_the_mean_s() {
+        let estimate = Estimate::of_mean([1.0, 2.0, 3.0, 4.0].into_iter());
+        assert!((estimate.value - 2.5).abs() < 1e-12);
+        assert!((estimate.se - (1.25f64 / 3.0).sqrt()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn percentiles_interpolate() {
+        assert_eq!(percentile(&[0.0, 1.0, 2.0, 3.0, 4.0], 0.5), 2.0);
+        assert_eq!(percentile(&[0.0, 10.0], 0.25), 2.5);
+    }
+}

@@ -1,8 +1,74 @@
 //! The command line: one file a command.
 
+mod bench;
+mod common;
+mod ladder;
+mod perplexity;
+mod run;
+
+use std::io::ErrorKind;
 use std::process::ExitCode;
 
-/// Runs the command that the process's arguments name.
+use clap::{Parser, Subcommand};
+
+/// Mixtral-family models in few bits on ordinary computers.
+#[derive(Parser)]
+#[command(name = "fewbit", version, long_version = LONG_VERSION, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const LONG_VERSION: &str = concat!(
+    env!("CARGO_PKG_VERSION"),
+    " (",
+    env!("FEWBIT_REVISION"),
+    ")\ntarget ",
+    env!("FEWBIT_TARGET"),
+    "\ncompiled for ",
+    env!("FEWBIT_TARGET_FEATURES"),
+);
+
+#[derive(Subcommand)]
+enum Command {
+    /// Complete a prompt
+    Run(run::Args),
+    /// Perplexity of a text, and divergence from a base model
+    Perplexity(perplexity::Args),
+    /// Several files of one model side by side: perplexity, divergence, size, speed
+    Ladder(ladder::Args),
+    /// Prompt and decode speed, with the machine's limits beside them
+    Bench(bench::Args),
+}
+
+/// Runs the command that the process's arguments name. Exit codes: 0 done (a reader that hangs
+/// up early included), 1 failed with one line on standard error, 2 wrong usage.
 pub fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    let result = match Cli::parse().command {
+        Command::Run(args) => run::run(args),
+        Command::Perplexity(args) => perplexity::run(args),
+        Command::Ladder(args) => ladder::run(args),
+        Command::Bench(args) => bench::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("fewbit: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether the reader of our output has gone away, as `head` does when it has seen enough.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let io = cause
+            .downcast_ref::<std::io::Error>()
+            .map(std::io::Error::kind);
+        let json = cause
+            .downcast_ref::<serde_json::Error>()
+            .and_then(serde_json::Error::io_error_kind);
+        io.or(json) == Some(ErrorKind::BrokenPipe)
+    })
 }

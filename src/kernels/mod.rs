@@ -12,6 +12,9 @@
 pub mod activations;
 #[cfg(target_arch = "x86_64")]
 pub mod avx2;
+pub mod experts;
+pub mod limits;
+pub mod linear;
 pub mod scalar;
 pub mod unpack;
 #[cfg(target_arch = "x86_64")]

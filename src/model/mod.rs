@@ -1,1 +1,112 @@
 //! Configuration, weights, state and the forward pass.
+
+mod attention;
+mod config;
+mod forward;
+mod moe;
+mod state;
+mod weights;
+
+use std::path::PathBuf;
+
+pub use config::{Config, RopeConfig};
+use forward::Row;
+pub use forward::{Slot, forward};
+pub use state::{KvCache, State};
+pub use weights::{Layer, Weights};
+
+use crate::gguf::{self, Gguf};
+use crate::tensor::{self, Mapped};
+
+/// Why a file does not make a model.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file itself, or its metadata.
+    #[error(transparent)]
+    Gguf(#[from] gguf::Error),
+    /// The file's bytes.
+    #[error(transparent)]
+    Tensor(#[from] tensor::Error),
+    /// A tensor that the graph needs is not there.
+    #[error("{}: tensor {tensor} is missing: the file is incomplete or holds another architecture; convert it again", file.display())]
+    Missing {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor has another shape than the metadata implies.
+    #[error("{}: tensor {tensor} has the extents {found:?} where the metadata makes it {wanted:?}; convert it again", file.display())]
+    Shape {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its extents, fastest first.
+        found: Vec<usize>,
+        /// What the metadata says.
+        wanted: Vec<usize>,
+    },
+    /// A tensor that the graph does not use.
+    #[error("{}: tensor {tensor} has no place in the graph that fewbit computes (Llama, Mistral, Mixtral): the result would be wrong", file.display())]
+    Unknown {
+        /// The file.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+}
+
+/// A model: what the metadata says and the mapped weights.
+pub struct Model {
+    /// The graph's numbers.
+    pub config: Config,
+    /// The mapped tensors.
+    pub weights: Weights,
+    rope: Rope,
+}
+
+impl Model {
+    /// Maps the file of `gguf` and binds its tensors.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn open(gguf: &Gguf) -> Result<Self, Error> {
+        let config = Config::from_metadata(&gguf.metadata)?;
+        let mapped = Mapped::open(gguf)?;
+        let weights = Weights::bind(gguf, &mapped, &config)?;
+        let rope = Rope::new(&config.rope, weights.rope_factors.as_deref());
+        Ok(Self {
+            config,
+            weights,
+            rope,
+        })
+    }
+}
+
+/// The frequencies of the rotary embedding.
+struct Rope {
+    /// Radians a position, for each pair of dimensions.
+    frequencies: Vec<f64>,
+}
+
+impl Rope {
+    fn new(config: &RopeConfig, factors: Option<&[f32]>) -> Self {
+        let frequency = |pair: usize| {
+            let exponent = -2.0 * pair as f64 / config.dims as f64;
+            let factor = factors.map_or(1.0, |factors| f64::from(factors[pair]));
+            f64::from(config.base).powf(exponent) / (f64::from(config.scale) * factor)
+        };
+        Self {
+            frequencies: (0..config.dims / 2).map(frequency).collect(),
+        }
+    }
+
+    /// Cosine and sine of every pair at `position`.
+    fn turns(&self, position: usize, turns: &mut [(f32, f32)]) {
+        for (turn, frequency) in turns.iter_mut().zip(&self.frequencies) {
+            let (sin, cos) = (position as f64 * frequency).sin_cos();
+            *turn = (cos as f32, sin as f32);
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! The machine's own limits, measured: how fast it streams memory and multiplies 8-bit integers.
+//!
+//! Speeds mean something beside these. Decode reads every active weight once a token, so its
+//! limit is the read bandwidth; a prompt multiplies each weight with many tokens, so its limit
+//! is the peak of the widest 8-bit multiply-add that the CPU has.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use crate::threads::Pool;
+
+/// What the machine can do with a given number of threads.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Streaming read, GB/s (10⁹ bytes).
+    pub read_gb_s: f64,
+    /// 8-bit multiply-adds, 10⁹ operations a second, a multiply-add counted as two.
+    pub int8_gop_s: f64,
+}
+
+impl Limits {
+    /// Measures both with all threads of `pool`; takes about half a second.
+    pub fn measure(pool: &Pool) -> Self {
+        Self {
+            read_gb_s: read_bandwidth(pool),
+            int8_gop_s: int8_peak(pool),
+        }
+    }
+
+    /// The better of two measurements of each.
+    pub fn best(self, other: Self) -> Self {
+        Self {
+            read_gb_s: self.read_gb_s.max(other.read_gb_s),
+            int8_gop_s: self.int8_gop_s.max(other.int8_gop_s),
+        }
+    }
+}
+
+/// Bytes streamed by a bandwidth measurement: far more than any cache holds.
+const STREAM: usize = 512 << 20;
+/// Bytes that a thread claims at a time.
+const CHUNK: usize = 1 << 20;
+
+/// The best of several passes over a large buffer.
+fn read_bandwidth(pool: &Pool) -> f64 {
+    // Ones, so that every page is really there and not the one page of zeros.
+    let buffer = vec![1u64; STREAM / 8];
+    let chunks = STREAM / CHUNK;
+    let mut best = Duration::MAX;
+    for _ in 0..4 {
+        let start = Instant::now();
+        pool.run(chunks, &|chunk| {
+            let words = &buffer[chunk * (CHUNK / 8)..(chunk + 1) * (CHUNK / 8)];
+            let mut sums = [0u64; 16];
+            for words in words.as_chunks::<16>().0 {
+                for (sum, word) in sums.iter_mut().zip(words) {
+                    *sum |= word;
+                }
+            }
+            black_box(sums);
+        });
+        best = best.min(start.elapsed());
+    }
+    STREAM as f64 / best.as_secs_f64() / 1e9
+}
+
+/// Multiply-adds a thread makes between two looks at the clock.
+const ROUNDS: usize = 1 << 20;
+
+/// The best of several bursts.
+fn int8_peak(pool: &Pool) -> f64 {
+    let (burst, operations) = int8_burst();
+    let mut best = Duration::MAX;
+    for _ in 0..8 {
+        let start = Instant::now();
+        pool.run(4 * pool.threads(), &|_| burst());
+        best = best.min(start.elapsed());
+    }
+    (4 * pool.threads()) as f64 * operations / best.as_secs_f64() / 1e9
+}
+
+/// A burst of the widest 8-bit multiply-adds, and how many operations it makes.
+fn int8_burst() -> (fn(), f64) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
+            // SAFETY: the CPU has the features.
+            return (
+                || unsafe { x86::burst_vnni512(ROUNDS) },
+                (ROUNDS * 64 * 2) as f64,
+            );
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the CPU has the features.
+            return (
+                || unsafe { x86::burst_avx2(ROUNDS) },
+                (ROUNDS * 32 * 2) as f64,
+            );
+        }
+    }
+    (burst_scalar, (ROUNDS * 2) as f64)
+}
+
+/// Plain multiply-adds, as many at a time as the compiler finds room for.
+fn burst_scalar() {
+    let mut sums = black_box([1i32; 16]);
+    let factors = black_box([3i8; 16]);
+    for _ in 0..ROUNDS / 16 {
+        for (sum, factor) in sums.iter_mut().zip(factors) {
+            *sum = sum.wrapping_mul(i32::from(factor)).wrapping_add(1);
+        }
+    }
+    black_box(sums);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+    use std::hint::black_box;
+
+    /// Independent sums: enough to hide the latency of two multipliers.
+    const SUMS: usize = 16;
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub fn burst_vnni512(rounds: usize) {
+        let (a, b) = (
+            black_box(_mm512_set1_epi8(3)),
+            black_box(_mm512_set1_epi8(5)),
+        );
+        let mut sums = [_mm512_setzero_si512(); SUMS];
+        for _ in 0..rounds / SUMS {
+            for sum in &mut sums {
+                *sum = _mm512_dpbusd_epi32(*sum, a, b);
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub fn burst_avx2(rounds: usize) {
+        let (a, b) = (
+            black_box(_mm256_set1_epi8(3)),
+            black_box(_mm256_set1_epi8(5)),
+        );
+        let ones = black_box(_mm256_set1_epi16(1));
+        let mut sums = [_mm256_setzero_si256(); 12];
+        for _ in 0..rounds / 12 {
+            for sum in &mut sums {
+                let products = _mm256_maddubs_epi16(a, black_box(b));
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(products, ones));
+            }
+        }
+        black_box(sums);
+    }
+}

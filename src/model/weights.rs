@@ -1,0 +1,200 @@
+//! Every tensor of the graph, bound by name, type and shape.
+
+use std::collections::HashSet;
+
+use super::{Config, Error};
+use crate::experts::{Expert, Experts};
+use crate::gguf::{Gguf, TensorInfo, names};
+use crate::tensor::{Mapped, Matrix};
+
+/// The weights of a model.
+pub struct Weights {
+    /// `[vocab, hidden]`.
+    pub token_embd: Matrix,
+    /// `[hidden]`.
+    pub output_norm: Vec<f32>,
+    /// `[vocab, hidden]`; the embedding itself where the two are tied.
+    pub output: Matrix,
+    /// Llama 3's divisors of the rotary frequencies, `[rope dims / 2]`.
+    pub rope_factors: Option<Vec<f32>>,
+    /// One entry a layer.
+    pub layers: Vec<Layer>,
+    /// Feed-forward matrices of all layers.
+    pub experts: Experts,
+}
+
+/// The weights of a layer, its experts apart.
+pub struct Layer {
+    /// `[hidden]`.
+    pub attn_norm: Vec<f32>,
+    /// `[heads · head_dim, hidden]`.
+    pub q: Matrix,
+    /// `[kv_heads · head_dim, hidden]`.
+    pub k: Matrix,
+    /// `[kv_heads · head_dim, hidden]`.
+    pub v: Matrix,
+    /// `[hidden, heads · head_dim]`.
+    pub o: Matrix,
+    /// `[hidden]`.
+    pub ffn_norm: Vec<f32>,
+    /// `[experts, hidden]`; `None` in a dense model.
+    pub router: Option<Matrix>,
+}
+
+impl Weights {
+    /// Binds the tensors of `gguf`.
+    ///
+    /// # Errors
+    /// When a tensor is missing, has another shape than the metadata says, or is not part of
+    /// the graph (its result would be silently wrong).
+    pub fn bind(gguf: &Gguf, mapped: &Mapped, config: &Config) -> Result<Self, Error> {
+        let shape = &config.shape;
+        let (hidden, vocab) = (shape.hidden, shape.vocab);
+        let (q_dim, kv_dim) = (
+            shape.heads * shape.head_dim,
+            shape.kv_heads * shape.head_dim,
+        );
+        let experts = shape.is_moe().then_some(shape.experts);
+        let mut bind = Binder {
+            gguf,
+            mapped,
+            experts,
+            bound: HashSet::new(),
+        };
+
+        let token_embd = bind.matrix(names::TOKEN_EMBD, vocab, hidden)?;
+        let output = match bind.has(names::OUTPUT) {
+            true => bind.matrix(names::OUTPUT, vocab, hidden)?,
+            false => token_embd.clone(),
+        };
+        let mut layers = Vec::new();
+        let mut experts = Vec::new();
+        for l in 0..shape.layers {
+            let name = |part| names::block(l, part);
+            layers.push(Layer {
+                attn_norm: bind.vector(&name(names::ATTN_NORM), hidden)?,
+                q: bind.matrix(&name(names::ATTN_Q), q_dim, hidden)?,
+                k: bind.matrix(&name(names::ATTN_K), kv_dim, hidden)?,
+                v: bind.matrix(&name(names::ATTN_V), kv_dim, hidden)?,
+                o: bind.matrix(&name(names::ATTN_OUTPUT), hidden, q_dim)?,
+                ffn_norm: bind.vector(&name(names::FFN_NORM), hidden)?,
+                router: match shape.is_moe() {
+                    true => Some(bind.matrix(&name(names::FFN_GATE_INP), shape.experts, hidden)?),
+                    false => None,
+                },
+            });
+            let gates = bind.experts(l, names::FFN_GATE, shape.ffn, hidden)?;
+            let ups = bind.experts(l, names::FFN_UP, shape.ffn, hidden)?;
+            let downs = bind.experts(l, names::FFN_DOWN, hidden, shape.ffn)?;
+            let triples = gates.into_iter().zip(ups).zip(downs);
+            experts.push(
+                triples
+                    .map(|((gate, up), down)| Expert { gate, up, down })
+                    .collect(),
+            );
+        }
+        let weights = Self {
+            token_embd,
+            output_norm: bind.vector(names::OUTPUT_NORM, hidden)?,
+            output,
+            rope_factors: match bind.has(names::ROPE_FREQS) {
+                true => Some(bind.vector(names::ROPE_FREQS, config.rope.dims / 2)?),
+                false => None,
+            },
+            layers,
+            experts: Experts::mapped(experts),
+        };
+        bind.finish()?;
+        Ok(weights)
+    }
+}
+
+/// Finds tensors by name, checks their shapes, and remembers which were used.
+struct Binder<'a> {
+    gguf: &'a Gguf,
+    mapped: &'a Mapped,
+    /// Experts a layer; `None` in a dense model.
+    experts: Option<usize>,
+    bound: HashSet<&'a str>,
+}
+
+impl<'a> Binder<'a> {
+    fn has(&self, name: &str) -> bool {
+        self.gguf.tensor(name).is_some()
+    }
+
+    /// The tensor called `name`, whose extents must be `shape` (trailing ones aside).
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<&'a TensorInfo, Error> {
+        let file = || self.gguf.files[0].clone();
+        let Some(tensor) = self.gguf.tensor(name) else {
+            return Err(Error::Missing {
+                file: file(),
+                tensor: name.to_owned(),
+            });
+        };
+        let extents = |shape: &[usize]| -> Vec<usize> {
+            let len = shape
+                .iter()
+                .rposition(|&extent| extent != 1)
+                .map_or(1, |last| last + 1);
+            shape[..len].to_vec()
+        };
+        if extents(&tensor.shape) != extents(shape) {
+            return Err(Error::Shape {
+                file: self.gguf.files[tensor.file].clone(),
+                tensor: name.to_owned(),
+                found: tensor.shape.clone(),
+                wanted: shape.to_vec(),
+            });
+        }
+        self.bound.insert(&tensor.name);
+        Ok(tensor)
+    }
+
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<Matrix, Error> {
+        let tensor = self.tensor(name, &[cols, rows])?;
+        Ok(self.mapped.matrices(tensor).remove(0))
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>, Error> {
+        let mut weights = vec![0.0; len];
+        self.matrix(name, 1, len)?.all().decode(0, &mut weights);
+        Ok(weights)
+    }
+
+    /// One part of a layer's experts: merged, one tensor each (old files), or dense.
+    fn experts(
+        &mut self,
+        layer: usize,
+        part: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Vec<Matrix>, Error> {
+        let Some(experts) = self.experts else {
+            return Ok(vec![self.matrix(&names::block(layer, part), rows, cols)?]);
+        };
+        if self.has(&names::expert(layer, part, 0)) {
+            return (0..experts)
+                .map(|e| self.matrix(&names::expert(layer, part, e), rows, cols))
+                .collect();
+        }
+        let tensor = self.tensor(&names::experts(layer, part), &[cols, rows, experts])?;
+        Ok(self.mapped.matrices(tensor))
+    }
+
+    /// Refuses tensors that nothing has asked for: a bias, say, that the graph would ignore.
+    fn finish(self) -> Result<(), Error> {
+        match self
+            .gguf
+            .tensors
+            .iter()
+            .find(|tensor| !self.bound.contains(tensor.name.as_str()))
+        {
+            None => Ok(()),
+            Some(tensor) => Err(Error::Unknown {
+                file: self.gguf.files[tensor.file].clone(),
+                tensor: tensor.name.clone(),
+            }),
+        }
+    }
+}
