@@ -136,9 +136,6 @@ pub enum Error {
     /// The recipe cannot be applied.
     #[error(transparent)]
     Recipe(#[from] crate::recipe::Error),
-    /// The tokenizer cannot be taken along.
-    #[error(transparent)]
-    Vocab(#[from] crate::vocab::Error),
 }
 
 impl Error {

@@ -2,6 +2,7 @@
 //!
 //! - [`checkpoint`]: four layouts of input come to one table of tensors
 //! - [`config`], [`metadata`], [`vocab`]: what goes into the output's metadata
+//! - [`sentencepiece`], [`tokenizer_json`], [`tekken`]: the files that a vocabulary comes in
 //! - [`recipe`], [`plan`]: a type for every tensor; the output, laid out
 //! - [`imatrix`], [`encode`]: rows in, blocks out
 //! - [`pipeline`], [`journal`]: reading, encoding and writing at once, in bounded memory; going on after a cut
@@ -19,6 +20,9 @@ pub mod metadata;
 pub mod pipeline;
 pub mod plan;
 pub mod recipe;
+pub mod sentencepiece;
+pub mod tekken;
+pub mod tokenizer_json;
 pub mod vocab;
 
 pub use error::{Error, Result};

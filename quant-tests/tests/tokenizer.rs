@@ -72,3 +72,37 @@ fn streaming_never_splits_a_character() {
     assert_eq!(stream.push(byte(0xF0)), "");
     assert_eq!(stream.finish(), "\u{FFFD}");
 }
+
+/// A text and its ids by SentencePiece, without BOS.
+#[derive(serde::Deserialize)]
+struct Golden {
+    text: String,
+    ids: Vec<u32>,
+}
+
+fn fixture(path: &str) -> std::path::PathBuf {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("fixtures")
+        .join(path)
+}
+
+fn golden<T: serde::de::DeserializeOwned>(path: &str) -> T {
+    serde_json::from_slice(&std::fs::read(fixture(path)).unwrap()).unwrap()
+}
+
+fn of_checkpoint(path: &str) -> Tokenizer {
+    let metadata = fewbit_convert::vocab::from_checkpoint(&fixture(path)).unwrap();
+    Tokenizer::from_metadata(&Metadata::from_iter(metadata)).unwrap()
+}
+
+#[test]
+fn fixture_gives_the_ids_of_sentencepiece() {
+    let tokenizer = of_checkpoint("tiny-mixtral");
+    let cases: Vec<Golden> = golden("golden/tiny-mixtral-tokens.json");
+    assert!(!cases.is_empty());
+    for Golden { text, ids } in cases {
+        assert_eq!(tokenizer.encode(&text, false).unwrap(), ids, "{text:?}");
+        // SentencePiece writes a space as `▁`, so a `▁` of the text comes back as a space.
+        assert_eq!(tokenizer.decode(&ids, false), text.replace('▁', " "));
+    }
+}

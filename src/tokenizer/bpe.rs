@@ -94,6 +94,27 @@ const PRE_TOKENIZERS: [PreTokenizer; 6] = [
     },
 ];
 
+/// The name in `tokenizer.ggml.pre` of the pre-tokenizer that cuts by `patterns`, one after the other.
+pub fn pre_tokenizer_name(patterns: &[impl AsRef<str>]) -> Option<&'static str> {
+    PRE_TOKENIZERS
+        .iter()
+        .find(|pre| {
+            pre.patterns
+                .iter()
+                .copied()
+                .eq(patterns.iter().map(AsRef::as_ref))
+        })
+        .map(|pre| pre.names[0])
+}
+
+/// The patterns of the pre-tokenizer with that name.
+pub fn pre_tokenizer_patterns(name: &str) -> Option<&'static [&'static str]> {
+    PRE_TOKENIZERS
+        .iter()
+        .find(|pre| pre.names.contains(&name))
+        .map(|pre| pre.patterns)
+}
+
 #[derive(Debug)]
 pub(super) struct ByteLevel {
     model: tokenizers::Tokenizer,
@@ -208,6 +229,13 @@ static BYTE_OF_CHAR: LazyLock<HashMap<char, u8>> = LazyLock::new(|| {
         .chain(others.map(|(byte, c)| (c, byte)))
         .collect()
 });
+
+/// `bytes` in GPT-2's alphabet, as byte-level vocabularies write them.
+pub fn piece_of_bytes(bytes: &[u8]) -> String {
+    static CHAR_OF_BYTE: LazyLock<HashMap<u8, char>> =
+        LazyLock::new(|| BYTE_OF_CHAR.iter().map(|(&c, &byte)| (byte, c)).collect());
+    bytes.iter().map(|byte| CHAR_OF_BYTE[byte]).collect()
+}
 
 /// The bytes that a piece stands for; a character outside the alphabet stands for itself.
 pub(super) fn bytes_of_piece(piece: &str) -> Vec<u8> {

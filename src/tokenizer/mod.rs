@@ -19,6 +19,7 @@ use std::borrow::Cow;
 
 use aho_corasick::{AhoCorasick, MatchKind};
 
+pub use bpe::{piece_of_bytes, pre_tokenizer_name, pre_tokenizer_patterns};
 pub use stream::Stream;
 pub use vocab::TokenKind;
 

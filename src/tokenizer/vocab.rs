@@ -24,7 +24,8 @@ pub enum TokenKind {
 }
 
 impl TokenKind {
-    fn from_number(number: i32) -> Option<TokenKind> {
+    /// The kind with that number.
+    pub fn from_number(number: i32) -> Option<TokenKind> {
         Some(match number {
             1 => Self::Normal,
             2 => Self::Unknown,
