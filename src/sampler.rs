@@ -6,6 +6,8 @@
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 
+use crate::engine::{Error, Session};
+
 /// How to choose among the likely tokens.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -112,6 +114,50 @@ impl Sampler {
             }
         }
         pool[0].token
+    }
+}
+
+/// The tokens that follow what a session holds, up to a token that ends the text (which is not
+/// yielded) or a limit. Each is fed to the session when the next one is asked for.
+pub struct Generation<'a> {
+    session: &'a mut Session,
+    sampler: &'a mut Sampler,
+    left: usize,
+    pending: Option<u32>,
+}
+
+impl<'a> Generation<'a> {
+    /// At most `limit` tokens after what `session` holds; it must have been fed before.
+    pub fn new(session: &'a mut Session, sampler: &'a mut Sampler, limit: usize) -> Self {
+        Self {
+            session,
+            sampler,
+            left: limit,
+            pending: None,
+        }
+    }
+}
+
+impl Iterator for Generation<'_> {
+    type Item = Result<u32, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.left = self.left.checked_sub(1)?;
+        if let Some(token) = self.pending.take()
+            && let Err(error) = self.session.feed(&[token])
+        {
+            self.left = 0;
+            return Some(Err(error));
+        }
+        let token = self
+            .sampler
+            .sample(self.session.logits(), self.session.tokens());
+        if self.session.engine().tokenizer().is_end(token) {
+            self.left = 0;
+            return None;
+        }
+        self.pending = Some(token);
+        Some(Ok(token))
     }
 }
 

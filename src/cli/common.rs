@@ -11,6 +11,7 @@ use crate::engine::{ActivationMode, Engine, Options};
 use crate::gguf::Gguf;
 use crate::perplexity::Chunks;
 use crate::quant::BlockType;
+use crate::sampler::Settings;
 use crate::tokenizer::Tokenizer;
 
 /// Options of every command that loads a model.
@@ -46,7 +47,58 @@ pub enum Activations {
     F32,
 }
 
+/// How tokens are chosen.
+#[derive(clap::Args, Clone, Debug)]
+pub struct SamplingArgs {
+    /// Temperature; 0 always takes the most likely token
+    #[arg(long, visible_alias = "temperature", value_name = "T", default_value_t = Settings::default().temperature)]
+    temp: f32,
+    /// Draw from the K most likely tokens; 0 for all
+    #[arg(long, value_name = "K", default_value_t = Settings::default().top_k)]
+    top_k: usize,
+    /// Draw from the most likely tokens that reach this probability
+    #[arg(long, value_name = "P", default_value_t = Settings::default().top_p)]
+    top_p: f32,
+    /// Draw from tokens at least this likely relative to the best
+    #[arg(long, value_name = "P", default_value_t = Settings::default().min_p)]
+    min_p: f32,
+    /// Penalty on recent tokens; 1 for none
+    #[arg(long, value_name = "X", default_value_t = Settings::default().repeat_penalty)]
+    repeat_penalty: f32,
+    /// Recent tokens that the penalty looks at
+    #[arg(long, value_name = "N", default_value_t = Settings::default().repeat_last)]
+    repeat_last_n: usize,
+    /// Seed of the draws [default: from the clock]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    /// The sampler's settings.
+    pub fn settings(&self) -> Settings {
+        let clock = || {
+            std::time::UNIX_EPOCH
+                .elapsed()
+                .map_or(0, |time| time.as_nanos() as u64)
+        };
+        Settings {
+            temperature: self.temp,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repeat_penalty: self.repeat_penalty,
+            repeat_last: self.repeat_last_n,
+            seed: self.seed.unwrap_or_else(clock),
+        }
+    }
+}
+
 impl ModelArgs {
+    /// The model's file.
+    pub fn path(&self) -> &Path {
+        &self.model
+    }
+
     /// Loads the model.
     pub fn load(&self) -> anyhow::Result<Arc<Engine>> {
         self.engine.load(&self.model)

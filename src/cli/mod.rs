@@ -1,6 +1,7 @@
 //! The command line: one file a command.
 
 mod bench;
+mod chat;
 mod common;
 mod ladder;
 mod perplexity;
@@ -33,6 +34,8 @@ const LONG_VERSION: &str = concat!(
 enum Command {
     /// Complete a prompt
     Run(run::Args),
+    /// A conversation in the terminal
+    Chat(chat::Args),
     /// Perplexity of a text, and divergence from a base model
     Perplexity(perplexity::Args),
     /// Several files of one model side by side: perplexity, divergence, size, speed
@@ -46,6 +49,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(args),
+        Command::Chat(args) => chat::run(args),
         Command::Perplexity(args) => perplexity::run(args),
         Command::Ladder(args) => ladder::run(args),
         Command::Bench(args) => bench::run(args),

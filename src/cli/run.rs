@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use super::common::{ModelArgs, print_json};
-use crate::sampler::{Sampler, Settings};
+use super::common::{ModelArgs, SamplingArgs, print_json};
+use crate::sampler::{Generation, Sampler};
 
 /// Options of `fewbit run`.
 #[derive(clap::Args)]
@@ -26,52 +26,6 @@ pub struct Args {
     json: bool,
     /// The text to continue; standard input if absent or `-`
     prompt: Option<String>,
-}
-
-/// How tokens are chosen.
-#[derive(clap::Args, Clone, Debug)]
-pub struct SamplingArgs {
-    /// Temperature; 0 always takes the most likely token
-    #[arg(long, visible_alias = "temperature", value_name = "T", default_value_t = Settings::default().temperature)]
-    temp: f32,
-    /// Draw from the K most likely tokens; 0 for all
-    #[arg(long, value_name = "K", default_value_t = Settings::default().top_k)]
-    top_k: usize,
-    /// Draw from the most likely tokens that reach this probability
-    #[arg(long, value_name = "P", default_value_t = Settings::default().top_p)]
-    top_p: f32,
-    /// Draw from tokens at least this likely relative to the best
-    #[arg(long, value_name = "P", default_value_t = Settings::default().min_p)]
-    min_p: f32,
-    /// Penalty on recent tokens; 1 for none
-    #[arg(long, value_name = "X", default_value_t = Settings::default().repeat_penalty)]
-    repeat_penalty: f32,
-    /// Recent tokens that the penalty looks at
-    #[arg(long, value_name = "N", default_value_t = Settings::default().repeat_last)]
-    repeat_last_n: usize,
-    /// Seed of the draws [default: from the clock]
-    #[arg(long, value_name = "N")]
-    seed: Option<u64>,
-}
-
-impl SamplingArgs {
-    /// The sampler's settings.
-    pub fn settings(&self) -> Settings {
-        let clock = || {
-            std::time::UNIX_EPOCH
-                .elapsed()
-                .map_or(0, |time| time.as_nanos() as u64)
-        };
-        Settings {
-            temperature: self.temp,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repeat_penalty: self.repeat_penalty,
-            repeat_last: self.repeat_last_n,
-            seed: self.seed.unwrap_or_else(clock),
-        }
-    }
 }
 
 /// Runs the command.
@@ -103,23 +57,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let mut stream = tokenizer.stream();
     let mut text = String::new();
-    let mut generated = 0;
+    let mut generated = 0usize;
     let start = Instant::now();
-    while generated < limit {
-        let token = sampler.sample(session.logits(), session.tokens());
-        if tokenizer.is_end(token) {
-            break;
-        }
+    for token in Generation::new(&mut session, &mut sampler, limit) {
+        let piece = stream.push(token?);
         generated += 1;
-        let piece = stream.push(token);
         if args.json {
             text.push_str(&piece);
         } else {
             out.write_all(piece.as_bytes())?;
             out.flush()?;
-        }
-        if generated < limit {
-            session.feed(&[token])?;
         }
     }
     let time = start.elapsed();
