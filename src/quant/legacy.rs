@@ -5,7 +5,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::float::F16;
-use super::k::{AffineGrid, fit_affine};
+use super::k::{AffineFits, AffineGrid, fit_affine};
 use super::search::{
     fit_symmetric, importance_weights, inverse, largest_magnitude, sum_of_squares, truncate,
 };
@@ -220,9 +220,14 @@ fn encode_affine(top: i8, x: &[f32; LEN], weights: Option<&[f32; LEN]>) -> (F16,
     match weights {
         None => round_affine(top, x),
         Some(weights) => {
-            let fit = fit_affine(x, weights, &AffineGrid::weighted(top as u8));
-            let minimum = F16::from_f32(-fit.min);
-            (F16::from_f32(fit.scale), minimum, fit.levels)
+            let grid = AffineGrid::weighted(top as u8);
+            let fits = fit_affine(&[*x], &[*weights], &grid);
+            let AffineFits {
+                scales: [scale],
+                mins: [min],
+                levels: [levels],
+            } = fits;
+            (F16::from_f32(scale), F16::from_f32(-min), levels)
         }
     }
 }

@@ -1,5 +1,9 @@
 //! What Q4_K and Q5_K share: eight sub-blocks of 32 with scale and minimum.
 
+use std::array::from_fn;
+
+use bytemuck::{cast, cast_ref};
+
 use super::pack::ScalesAndMins8;
 use super::search::{AffineGrid, fit_affine, fit_scales};
 use super::{SUPER_BLOCK, Super, round_to_line, share_of_max, sub_blocks, sum};
@@ -22,17 +26,17 @@ impl Affine8 {
     /// largest minimum set the units of the others.
     #[inline(always)] // the grid is a constant of each caller
     pub fn encode(x: &Super<f32>, grid: &AffineGrid) -> Self {
-        let (mut levels, mut scales, mut mins) = ([0; SUPER_BLOCK], [0.0; 8], [0.0; 8]);
-        for (j, (x, levels)) in sub_blocks::<32>(x, &mut levels).enumerate() {
+        let subs: &[[f32; 32]; 8] = cast_ref(x);
+        let weights = subs.each_ref().map(|x| {
             let rms = (sum_of_squares(x) / 32.0).sqrt();
-            let fit = fit_affine(x, &x.map(|x| rms + x.abs()), grid);
-            (scales[j], mins[j], *levels) = (fit.scale, fit.min, fit.levels);
-        }
-        let (d, scales) = share_of_max(&scales, MAX_SCALE);
-        let (dmin, mins) = share_of_max(&mins, MAX_SCALE);
+            x.map(|x| rms + x.abs())
+        });
+        let fits = fit_affine(subs, &weights, grid);
+        let (d, scales) = share_of_max(&fits.scales, MAX_SCALE);
+        let (dmin, mins) = share_of_max(&fits.mins, MAX_SCALE);
         let clipped = |levels: [u8; 8]| levels.map(|level| level.min(MAX_SCALE));
         let scales = ScalesAndMins8::pack(&clipped(scales), &clipped(mins));
-        Self::round(x, d, dmin, scales, levels, grid.max_level)
+        Self::round(x, d, dmin, scales, cast(fits.levels), grid.max_level)
     }
 
     /// Encodes with importance: it weighs each weight, and each sub-block's sum of it weighs
@@ -45,22 +49,18 @@ impl Affine8 {
         max_level: u8,
         clip: u8,
     ) -> Self {
-        let (mut levels, mut scales, mut mins) = ([0; SUPER_BLOCK], [0.0; 8], [0.0; 8]);
-        let mut weight_sums = [0.0; 8];
+        let (subs, importance): (&[[f32; 32]; 8], &[[f32; 32]; 8]) =
+            (cast_ref(x), cast_ref(importance));
         let variance = 2.0 * sum_of_squares(x) / SUPER_BLOCK as f32;
-        let (importance, _) = importance.as_chunks();
-        for (j, (x, levels)) in sub_blocks::<32>(x, &mut levels).enumerate() {
-            let weights = importance_weights(x, &importance[j], variance);
-            weight_sums[j] = sum(&weights);
-            let fit = fit_affine(x, &weights, &AffineGrid::weighted(max_level));
-            (scales[j], mins[j], *levels) = (fit.scale, fit.min, fit.levels);
-        }
-        let (d, scales) = fit_scales(&scales, &weight_sums, MAX_SCALE);
-        let (dmin, mins) = fit_scales(&mins, &weight_sums, MAX_SCALE);
+        let weights = from_fn(|j| importance_weights(&subs[j], &importance[j], variance));
+        let weight_sums = weights.each_ref().map(|weights| sum(weights));
+        let fits = fit_affine(subs, &weights, &AffineGrid::weighted(max_level));
+        let (d, scales) = fit_scales(&fits.scales, &weight_sums, MAX_SCALE);
+        let (dmin, mins) = fit_scales(&fits.mins, &weight_sums, MAX_SCALE);
         let (d, dmin) = (F16::from_f32(d), F16::from_f32(dmin));
         let clipped = |levels: [u8; 8]| levels.map(|level| level.min(clip));
         let scales = ScalesAndMins8::pack(&clipped(scales), &clipped(mins));
-        Self::round(x, d, dmin, scales, levels, max_level)
+        Self::round(x, d, dmin, scales, cast(fits.levels), max_level)
     }
 
     /// Rounds the weights to the lines that the packed scales and minima draw. Where a scale

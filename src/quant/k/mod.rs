@@ -36,7 +36,7 @@ pub use q3::BlockQ3K;
 pub use q4::BlockQ4K;
 pub use q5::BlockQ5K;
 pub use q6::BlockQ6K;
-pub(super) use search::{AffineGrid, fit_affine};
+pub(super) use search::{AffineFits, AffineGrid, fit_affine};
 
 use super::F16;
 use super::search::nearest_int;

@@ -1,6 +1,8 @@
 //! Q2_K: 2.625 bits a weight.
 
-use bytemuck::{Pod, Zeroable};
+use std::array::from_fn;
+
+use bytemuck::{Pod, Zeroable, cast, cast_ref};
 
 use super::pack::pack_2_bits;
 use super::search::{AffineGrid, Cost, fit_affine, fit_scales};
@@ -82,37 +84,25 @@ impl Encode for BlockQ2K {
 
 impl BlockQ2K {
     fn encode(x: &Super<f32>) -> Self {
-        let (mut levels, mut scales, mut mins) = ([0; SUPER_BLOCK], [0.0; 16], [0.0; 16]);
-        for (j, (x, levels)) in sub_blocks(x, &mut levels).enumerate() {
-            let fit = fit_affine::<16>(x, &x.map(f32::abs), &GRID);
-            (scales[j], mins[j], *levels) = (fit.scale, fit.min, fit.levels);
-        }
-        let (d, scales) = share_of_max(&scales, MAX_SCALE);
-        let (dmin, mins) = share_of_max(&mins, MAX_SCALE);
-        Self::round(x, d, dmin, &scales, &mins, levels)
+        let subs: &[[f32; 16]; 16] = cast_ref(x);
+        let weights = subs.map(|x| x.map(f32::abs));
+        let fits = fit_affine(subs, &weights, &GRID);
+        let (d, scales) = share_of_max(&fits.scales, MAX_SCALE);
+        let (dmin, mins) = share_of_max(&fits.mins, MAX_SCALE);
+        Self::round(x, d, dmin, &scales, &mins, cast(fits.levels))
     }
 
     fn encode_weighted(x: &Super<f32>, importance: &Super<f32>) -> Self {
-        let (mut levels, mut scales, mut mins) = ([0; SUPER_BLOCK], [0.0; 16], [0.0; 16]);
-        let mut weight_sums = [0.0; 16];
+        let (subs, importance): (&[[f32; 16]; 16], &[[f32; 16]; 16]) =
+            (cast_ref(x), cast_ref(importance));
         let variance = sum_of_squares(x) / SUPER_BLOCK as f32;
-        let (importance, _) = importance.as_chunks();
-        for (j, (x, levels)) in sub_blocks(x, &mut levels).enumerate() {
-            let weights = importance_weights::<16>(x, &importance[j], variance);
-            weight_sums[j] = sum(&weights);
-            let fit = fit_affine(x, &weights, &AffineGrid::weighted(GRID.max_level));
-            (scales[j], mins[j], *levels) = (fit.scale, fit.min, fit.levels);
-        }
-        let (d, scales) = fit_scales(&scales, &weight_sums, MAX_SCALE);
-        let (dmin, mins) = fit_scales(&mins, &weight_sums, MAX_SCALE);
-        Self::round(
-            x,
-            F16::from_f32(d),
-            F16::from_f32(dmin),
-            &scales,
-            &mins,
-            levels,
-        )
+        let weights = from_fn(|j| importance_weights(&subs[j], &importance[j], variance));
+        let weight_sums = weights.each_ref().map(|weights| sum(weights));
+        let fits = fit_affine(subs, &weights, &AffineGrid::weighted(GRID.max_level));
+        let (d, scales) = fit_scales(&fits.scales, &weight_sums, MAX_SCALE);
+        let (dmin, mins) = fit_scales(&fits.mins, &weight_sums, MAX_SCALE);
+        let (d, dmin) = (F16::from_f32(d), F16::from_f32(dmin));
+        Self::round(x, d, dmin, &scales, &mins, cast(fits.levels))
     }
 
     /// Rounds the weights to the lines that the rounded scales and minima draw. Where a scale
@@ -125,7 +115,7 @@ impl BlockQ2K {
         mins: &[u8; 16],
         mut levels: Super<u8>,
     ) -> Self {
-        let packed: [u8; 16] = std::array::from_fn(|i| scales[i] | mins[i] << 4);
+        let packed: [u8; 16] = from_fn(|i| scales[i] | mins[i] << 4);
         for ((x, levels), packed) in sub_blocks::<16>(x, &mut levels).zip(&packed) {
             let scale = d.to_f32() * f32::from(packed & 15);
             let min = dmin.to_f32() * f32::from(packed >> 4);

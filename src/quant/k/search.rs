@@ -13,16 +13,17 @@
 //! `make_qp_quants`, `make_q3_quants`), so the order of every sum and the grouping of every
 //! product below is part of the format: `w * x * q` is not `w * (x * q)`.
 
+use std::array::from_fn;
+
 use crate::quant::search::{NEGLIGIBLE, largest_magnitude, nearest_int};
 
-/// A sub-block written as `scale·level − min`.
-#[derive(Clone, Copy)]
-pub(in crate::quant) struct AffineFit<const N: usize> {
-    pub scale: f32,
+/// Sub-blocks written as `scale·level − min`.
+pub(in crate::quant) struct AffineFits<const N: usize, const SUBS: usize> {
+    pub scales: [f32; SUBS],
     /// What is subtracted; never negative.
-    pub min: f32,
+    pub mins: [f32; SUBS],
     /// Whole numbers from 0 to the highest level.
-    pub levels: [u8; N],
+    pub levels: [[u8; N]; SUBS],
 }
 
 /// What a deviation of a weight from its line costs.
@@ -69,23 +70,30 @@ impl AffineGrid {
     }
 
     /// The level nearest to `value`.
-    fn round(&self, value: f32) -> u8 {
-        nearest_int(value).clamp(0, i32::from(self.max_level)) as u8
+    #[inline(always)]
+    fn round(&self, value: f32) -> f32 {
+        clip(nearest_int(value) as f32, f32::from(self.max_level))
     }
 
     /// The level nearest to `value`, for the candidates.
-    fn round_candidate(&self, value: f32) -> u8 {
-        if !self.saturate {
-            self.round(value)
-        } else if value > 0.0 {
-            nearest_int(value.min(f32::from(self.max_level))) as u8
+    #[inline(always)]
+    fn round_candidate(&self, value: f32) -> f32 {
+        if self.saturate {
+            nearest_int(clip(value, f32::from(self.max_level))) as f32
         } else {
-            0
+            self.round(value)
         }
     }
 }
 
-/// Fits `x` by a line over levels, weighted.
+/// Clips `value` to `0..=top`; NaN becomes 0.
+#[inline(always)]
+fn clip(value: f32, top: f32) -> f32 {
+    let value = if value > 0.0 { value } else { 0.0 };
+    if value < top { value } else { top }
+}
+
+/// Fits each sub-block `x` by a line over levels, weighted.
 ///
 /// For levels `q` the least-squares line solves the normal equations
 ///
@@ -95,77 +103,106 @@ impl AffineGrid {
 /// ```
 ///
 /// and where it would add rather than subtract, the line is forced through zero.
+///
+/// Each sum runs along a sub-block, in order, and one addition waits for the other. So all
+/// sub-blocks go in step, a lane each, and the compiler makes vectors of the lanes.
 #[inline(always)] // the grid is a constant of each caller
-pub(in crate::quant) fn fit_affine<const N: usize>(
-    x: &[f32; N],
-    weights: &[f32; N],
+pub(in crate::quant) fn fit_affine<const N: usize, const SUBS: usize>(
+    x: &[[f32; N]; SUBS],
+    weights: &[[f32; N]; SUBS],
     grid: &AffineGrid,
-) -> AffineFit<N> {
+) -> AffineFits<N, SUBS> {
+    let (x, weights) = (transposed(x), transposed(weights));
+    let top = f32::from(grid.max_level);
+
     let (mut low, mut high) = (x[0], x[0]);
     let mut sum_w = weights[0];
-    let mut sum_wx = sum_w * x[0];
-    for (&x, &w) in x.iter().zip(weights).skip(1) {
-        low = if x < low { x } else { low };
-        high = if x > high { x } else { high };
-        sum_w += w;
-        sum_wx += w * x;
+    let mut sum_wx: [f32; SUBS] = from_fn(|s| sum_w[s] * x[0][s]);
+    for (x, w) in x.iter().zip(&weights).skip(1) {
+        for s in 0..SUBS {
+            low[s] = if x[s] < low[s] { x[s] } else { low[s] };
+            high[s] = if x[s] > high[s] { x[s] } else { high[s] };
+            sum_w[s] += w[s];
+            sum_wx[s] += w[s] * x[s];
+        }
     }
-    // Below, `offset` is the negated minimum.
-    let mut offset = if low > 0.0 { 0.0 } else { low };
-    if high == offset {
-        let levels = [0; N];
-        return AffineFit {
-            scale: 0.0,
-            min: -offset,
-            levels,
-        };
-    }
+    let low = low.map(|low| if low > 0.0 { 0.0 } else { low });
 
-    let top = f32::from(grid.max_level);
-    let error_of = |scale: f32, offset: f32, levels: &[u8; N]| {
-        let mut error = 0.0;
-        for i in 0..N {
-            error += weights[i] * grid.cost.of(scale * f32::from(levels[i]) + offset - x[i]);
+    let error_of = |scale: &[f32; SUBS], offset: &[f32; SUBS], levels: &[[f32; SUBS]; N]| {
+        let mut error = [0.0; SUBS];
+        for ((x, w), q) in x.iter().zip(&weights).zip(levels) {
+            for s in 0..SUBS {
+                error[s] += w[s] * grid.cost.of(scale[s] * q[s] + offset[s] - x[s]);
+            }
         }
         error
     };
 
-    let per_unit = top / (high - offset);
-    let mut scale = 1.0 / per_unit;
-    let mut levels = x.map(|x| grid.round(per_unit * (x - offset)));
-    let mut least = error_of(scale, offset, &levels);
+    // The best lines so far. An offset is a negated minimum.
+    let mut offset = low;
+    let per_unit: [f32; SUBS] = from_fn(|s| top / (high[s] - offset[s]));
+    let mut scale = per_unit.map(|per_unit| 1.0 / per_unit);
+    let mut levels = x.map(|x| from_fn(|s| grid.round(per_unit[s] * (x[s] - offset[s]))));
+    let mut least = error_of(&scale, &offset, &levels);
 
     for candidate in 0..=grid.last {
-        // The offset is that of the best line so far: the grid moves with it.
-        let per_unit = (grid.first + grid.step * f32::from(candidate) + top) / (high - offset);
-        let tried = x.map(|x| grid.round_candidate(per_unit * (x - offset)));
-        let (mut sum_wq, mut sum_wqq, mut sum_wqx) = (0.0, 0.0, 0.0);
-        for i in 0..N {
-            let q = f32::from(tried[i]);
-            let wq = weights[i] * q;
-            sum_wq += wq;
-            sum_wqq += wq * q;
-            sum_wqx += wq * x[i];
-        }
-        let determinant = sum_w * sum_wqq - sum_wq * sum_wq;
-        if determinant > 0.0 {
-            let mut new_scale = (sum_w * sum_wqx - sum_wx * sum_wq) / determinant;
-            let mut new_offset = (sum_wqq * sum_wx - sum_wq * sum_wqx) / determinant;
-            if new_offset > 0.0 {
-                new_offset = 0.0;
-                new_scale = sum_wqx / sum_wqq;
+        let steps = grid.first + grid.step * f32::from(candidate) + top;
+        // The grid moves with the offset of the best line.
+        let per_unit: [f32; SUBS] = from_fn(|s| steps / (high[s] - offset[s]));
+        let mut tried = [[0.0; SUBS]; N];
+        let mut sum_wq = [0.0; SUBS];
+        let mut sum_wqq = [0.0; SUBS];
+        let mut sum_wqx = [0.0; SUBS];
+        for ((x, w), tried) in x.iter().zip(&weights).zip(&mut tried) {
+            for s in 0..SUBS {
+                let q = grid.round_candidate(per_unit[s] * (x[s] - offset[s]));
+                tried[s] = q;
+                let wq = w[s] * q;
+                sum_wq[s] += wq;
+                sum_wqq[s] += wq * q;
+                sum_wqx[s] += wq * x[s];
             }
-            let error = error_of(new_scale, new_offset, &tried);
-            if error < least {
-                (least, scale, offset, levels) = (error, new_scale, new_offset, tried);
+        }
+        let (mut new_scale, mut new_offset, mut solvable) =
+            ([0.0; SUBS], [0.0; SUBS], [false; SUBS]);
+        for s in 0..SUBS {
+            let determinant = sum_w[s] * sum_wqq[s] - sum_wq[s] * sum_wq[s];
+            solvable[s] = determinant > 0.0;
+            new_scale[s] = (sum_w[s] * sum_wqx[s] - sum_wx[s] * sum_wq[s]) / determinant;
+            new_offset[s] = (sum_wqq[s] * sum_wx[s] - sum_wq[s] * sum_wqx[s]) / determinant;
+            if new_offset[s] > 0.0 {
+                new_offset[s] = 0.0;
+                new_scale[s] = sum_wqx[s] / sum_wqq[s];
+            }
+        }
+        let error = error_of(&new_scale, &new_offset, &tried);
+        for s in 0..SUBS {
+            if solvable[s] && error[s] < least[s] {
+                (least[s], scale[s], offset[s]) = (error[s], new_scale[s], new_offset[s]);
+                for (level, tried) in levels.iter_mut().zip(&tried) {
+                    level[s] = tried[s];
+                }
             }
         }
     }
-    AffineFit {
-        scale,
-        min: -offset,
+
+    let mut levels = transposed(&levels).map(|levels| levels.map(|level| level as u8));
+    for s in 0..SUBS {
+        // A flat sub-block is its minimum.
+        if high[s] == low[s] {
+            (scale[s], offset[s], levels[s]) = (0.0, low[s], [0; N]);
+        }
+    }
+    AffineFits {
+        scales: scale,
+        mins: offset.map(|offset| -offset),
         levels,
     }
+}
+
+/// Rows to columns.
+fn transposed<const N: usize, const M: usize>(rows: &[[f32; N]; M]) -> [[f32; M]; N] {
+    from_fn(|i| from_fn(|j| rows[j][i]))
 }
 
 /// Fits non-negative values (a super-block's scales, or its minima) by `scale·level`, weighted.
