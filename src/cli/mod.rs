@@ -3,6 +3,7 @@
 mod bench;
 mod chat;
 mod common;
+mod inspect;
 mod ladder;
 mod perplexity;
 mod run;
@@ -40,6 +41,8 @@ enum Command {
     Perplexity(perplexity::Args),
     /// Several files of one model side by side: perplexity, divergence, size, speed
     Ladder(ladder::Args),
+    /// What a GGUF file holds: metadata, tensors, parameters
+    Inspect(inspect::Args),
     /// Prompt and decode speed, with the machine's limits beside them
     Bench(bench::Args),
 }
@@ -52,6 +55,7 @@ pub fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args),
         Command::Perplexity(args) => perplexity::run(args),
         Command::Ladder(args) => ladder::run(args),
+        Command::Inspect(args) => inspect::run(args),
         Command::Bench(args) => bench::run(args),
     };
     match result {
