@@ -3,6 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use fewbit::quant::BlockType;
@@ -26,7 +27,7 @@ struct Cli {
     /// File to write
     output: PathBuf,
     /// Recipe: Q4_K_M, Q5_K_M, Q8_0 and so on, as llama-quantize names them
-    #[arg(short = 't', long = "type", value_name = "TYPE")]
+    #[arg(long = "type", value_name = "TYPE")]
     mix: Mix,
     /// Importance matrix (GGUF or legacy) that guides the encoding
     #[arg(long, value_name = "FILE")]
@@ -41,8 +42,17 @@ struct Cli {
     #[arg(long)]
     force: bool,
     /// Threads that encode [default: one a logical CPU]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    #[arg(
+        short,
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        hide_default_value = true
+    )]
     threads: usize,
+    /// Seconds between two points from which a run that is cut off can go on
+    #[arg(long, value_name = "SECONDS", default_value_t = 2, hide = true)]
+    record_every: u64,
     /// Print one JSON object on stdout instead of the summary
     #[arg(long)]
     json: bool,
@@ -68,6 +78,7 @@ fn run(cli: &Cli) -> Result<()> {
         threads: cli.threads,
         force: cli.force,
         allow_requantize: cli.allow_requantize,
+        record_every: Duration::from_secs(cli.record_every),
         ..Options::new(cli.mix)
     };
     let progress = progress_bar();
@@ -112,7 +123,7 @@ fn as_json(report: &Report) -> String {
         .map(|f| json!({"tensor": f.tensor, "columns": f.columns, "from": f.from.name(), "to": f.to.name()}))
         .collect();
     json!({
-        "file": report.path,
+        "file": report.path.display().to_string(),
         "file_bytes": report.plan.layout.file_bytes(),
         "bits_per_weight": report.plan.bits_per_weight(),
         "seconds": seconds,

@@ -28,7 +28,7 @@ pub struct Fingerprint {
 pub struct InputPrint {
     path: PathBuf,
     len: u64,
-    modified: u128,
+    modified: u64,
 }
 
 impl From<&InputFile> for InputPrint {

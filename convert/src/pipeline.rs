@@ -107,12 +107,10 @@ pub fn convert(
 
     let partial = with_suffix(output, ".partial");
     let journal = Journal::new(&partial, fingerprint(&checkpoint, &plan, options)?);
+    let present = fs::metadata(&partial).map_or(0, |found| found.len());
+    disk::require(output, plan.layout.file_bytes().saturating_sub(present))?;
     let _lock = lock(&partial)?;
     let (writer, kept) = open_writer(&partial, &plan, &journal)?;
-    disk::require(
-        output,
-        plan.layout.file_bytes() - plan.layout.tensor_offset(kept),
-    )?;
 
     let run = Run {
         checkpoint: &checkpoint,
@@ -283,11 +281,7 @@ fn write(
     };
 
     for chunk in encoded {
-        if let Err(error) = writer.write(&chunk.bytes) {
-            // The disk is full or broken: what can still be saved is, and the first error is the one to report.
-            let _ = record(&mut writer, true);
-            return Err(error.into());
-        }
+        writer.write(&chunk.bytes)?;
         record(&mut writer, false)?;
     }
     if writer.tensors_done() < tensors {

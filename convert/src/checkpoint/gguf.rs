@@ -51,6 +51,16 @@ fn hyperparameters(path: &Path, gguf: &Gguf) -> Result<Hyperparameters> {
 }
 
 fn tensors(path: &Path, gguf: &Gguf, experts: usize) -> Result<Vec<Tensor>> {
+    /// At least a row is read at a time: this bounds the memory that it takes.
+    const MAX_COLUMNS: usize = 1 << 22;
+    if let Some(wide) = gguf.tensors.iter().find(|t| t.columns() > MAX_COLUMNS) {
+        let what = format!(
+            "tensor {}: rows of {} weights are out of range",
+            wide.name,
+            wide.columns()
+        );
+        return Err(Error::input(path, what));
+    }
     let mut tensors = Vec::with_capacity(gguf.tensors.len());
     // Matrices of files from before April 2024, by the name of the tensor that they become.
     let mut apart: BTreeMap<String, Vec<(usize, &TensorInfo)>> = BTreeMap::new();

@@ -2,7 +2,7 @@
 //! (`mlp.experts.gate_up_proj`), and the dense models of the family.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fewbit::quant::BlockType;
 
@@ -13,13 +13,13 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::metadata;
 
-pub(super) fn open(folder: &Path) -> Result<Checkpoint> {
+pub(super) fn open(folder: &Path, files: &[PathBuf]) -> Result<Checkpoint> {
     let config = ModelConfig::from_hf(&super::config_path(folder, "config.json")?)?;
     let index = folder.join("model.safetensors.index.json");
     let shards = if index.is_file() {
         Shards::from_index(&index)?
     } else {
-        Shards::from_files(&[folder.join("model.safetensors")])?
+        Shards::from_files(files)?
     };
     let mut binder = Binder::new(folder, &config, &shards);
     let tensors = expected(&config)

@@ -59,8 +59,8 @@ pub struct InputFile {
     pub file: File,
     /// Its length in bytes.
     pub len: u64,
-    /// Nanoseconds between 1970 and its last change: a conversion that resumes must find the same file.
-    pub modified: u128,
+    /// Nanoseconds between 1970 and its last change (they fit until 2554): a conversion that resumes must find the same file.
+    pub modified: u64,
 }
 
 /// A tensor of the output.
@@ -136,8 +136,9 @@ impl Checkpoint {
             return gguf::open(path);
         }
         let has = |name: &str| path.join(name).is_file();
-        if has("model.safetensors.index.json") || has("model.safetensors") {
-            return hf::open(path);
+        let shards = files_named(path, "model", "safetensors")?;
+        if has("model.safetensors.index.json") || !shards.is_empty() {
+            return hf::open(path, &shards);
         }
         let consolidated = files_named(path, "consolidated", "safetensors")?;
         if !consolidated.is_empty() {
@@ -146,7 +147,7 @@ impl Checkpoint {
         if let Some(pickle) = any_pickle(path)? {
             return Err(Error::input(&pickle, PICKLE_REMEDY));
         }
-        let what = "holds neither model.safetensors(.index.json) nor consolidated*.safetensors: name the folder of a downloaded checkpoint";
+        let what = "holds neither model*.safetensors nor consolidated*.safetensors: name the folder of a downloaded checkpoint";
         Err(Error::input(path, what))
     }
 
@@ -182,7 +183,7 @@ impl InputFile {
             .modified()
             .ok()
             .and_then(|t| t.duration_since(UNIX_EPOCH).ok());
-        let modified = modified.map_or(0, |d| d.as_nanos());
+        let modified = modified.map_or(0, |d| d.as_nanos() as u64);
         Ok(InputFile {
             path: path.to_owned(),
             file,

@@ -39,36 +39,58 @@ pub struct Expected {
 }
 
 impl Role {
-    /// Names in GGUF, in Hugging Face's layout and in Mistral's, without the layer's prefix and ".weight".
+    /// Its name in GGUF.
+    fn gguf_name(self, layer: usize) -> String {
+        use fewbit::gguf::names::*;
+        let part = match self {
+            Role::TokenEmbd => return TOKEN_EMBD.to_owned(),
+            Role::OutputNorm => return OUTPUT_NORM.to_owned(),
+            Role::Output => return OUTPUT.to_owned(),
+            Role::RopeFreqs => return ROPE_FREQS.to_owned(),
+            Role::GateExperts => return experts(layer, FFN_GATE),
+            Role::UpExperts => return experts(layer, FFN_UP),
+            Role::DownExperts => return experts(layer, FFN_DOWN),
+            Role::AttnNorm => ATTN_NORM,
+            Role::AttnQ => ATTN_Q,
+            Role::AttnK => ATTN_K,
+            Role::AttnV => ATTN_V,
+            Role::AttnOutput => ATTN_OUTPUT,
+            Role::FfnNorm => FFN_NORM,
+            Role::Router => FFN_GATE_INP,
+            Role::Gate => FFN_GATE,
+            Role::Up => FFN_UP,
+            Role::Down => FFN_DOWN,
+        };
+        block(layer, part)
+    }
+
+    /// Its names in Hugging Face's layout and in Mistral's, without the layer's prefix and ".weight".
     /// Those of experts hold `{}` for the expert's number.
-    const fn names(self) -> [&'static str; 3] {
+    const fn stems(self) -> [&'static str; 2] {
         match self {
-            Role::TokenEmbd => ["token_embd", "model.embed_tokens", "tok_embeddings"],
-            Role::OutputNorm => ["output_norm", "model.norm", "norm"],
-            Role::Output => ["output", "lm_head", "output"],
-            Role::RopeFreqs => ["rope_freqs", "", ""], // computed, stored in no checkpoint
-            Role::AttnNorm => ["attn_norm", "input_layernorm", "attention_norm"],
-            Role::AttnQ => ["attn_q", "self_attn.q_proj", "attention.wq"],
-            Role::AttnK => ["attn_k", "self_attn.k_proj", "attention.wk"],
-            Role::AttnV => ["attn_v", "self_attn.v_proj", "attention.wv"],
-            Role::AttnOutput => ["attn_output", "self_attn.o_proj", "attention.wo"],
-            Role::FfnNorm => ["ffn_norm", "post_attention_layernorm", "ffn_norm"],
-            Role::Router => ["ffn_gate_inp", "block_sparse_moe.gate", "feed_forward.gate"],
-            Role::Gate => ["ffn_gate", "mlp.gate_proj", "feed_forward.w1"],
-            Role::Up => ["ffn_up", "mlp.up_proj", "feed_forward.w3"],
-            Role::Down => ["ffn_down", "mlp.down_proj", "feed_forward.w2"],
+            Role::TokenEmbd => ["model.embed_tokens", "tok_embeddings"],
+            Role::OutputNorm => ["model.norm", "norm"],
+            Role::Output => ["lm_head", "output"],
+            Role::RopeFreqs => ["", ""], // computed, stored in no checkpoint
+            Role::AttnNorm => ["input_layernorm", "attention_norm"],
+            Role::AttnQ => ["self_attn.q_proj", "attention.wq"],
+            Role::AttnK => ["self_attn.k_proj", "attention.wk"],
+            Role::AttnV => ["self_attn.v_proj", "attention.wv"],
+            Role::AttnOutput => ["self_attn.o_proj", "attention.wo"],
+            Role::FfnNorm => ["post_attention_layernorm", "ffn_norm"],
+            Role::Router => ["block_sparse_moe.gate", "feed_forward.gate"],
+            Role::Gate => ["mlp.gate_proj", "feed_forward.w1"],
+            Role::Up => ["mlp.up_proj", "feed_forward.w3"],
+            Role::Down => ["mlp.down_proj", "feed_forward.w2"],
             Role::GateExperts => [
-                "ffn_gate_exps",
                 "block_sparse_moe.experts.{}.w1",
                 "feed_forward.experts.{}.w1",
             ],
             Role::UpExperts => [
-                "ffn_up_exps",
                 "block_sparse_moe.experts.{}.w3",
                 "feed_forward.experts.{}.w3",
             ],
             Role::DownExperts => [
-                "ffn_down_exps",
                 "block_sparse_moe.experts.{}.w2",
                 "feed_forward.experts.{}.w2",
             ],
@@ -112,32 +134,26 @@ impl Role {
 
 impl Expected {
     fn new(role: Role, layer: usize, config: &ModelConfig) -> Expected {
-        let stem = role.names()[0];
-        let name = if role.in_layer() {
-            format!("blk.{layer}.{stem}.weight")
-        } else {
-            format!("{stem}.weight")
-        };
         Expected {
             role,
             layer,
-            name,
+            name: role.gguf_name(layer),
             shape: role.shape(config),
         }
     }
 
     /// Its name in a Hugging Face checkpoint; `expert` counts for experts only.
     pub fn hf_name(&self, expert: usize) -> String {
-        self.checkpoint_name(1, "model.layers", expert)
+        self.checkpoint_name(0, "model.layers", expert)
     }
 
     /// Its name in one of Mistral's own checkpoints; `expert` counts for experts only.
     pub fn mistral_name(&self, expert: usize) -> String {
-        self.checkpoint_name(2, "layers", expert)
+        self.checkpoint_name(1, "layers", expert)
     }
 
     fn checkpoint_name(&self, column: usize, layers: &str, expert: usize) -> String {
-        let stem = self.role.names()[column].replace("{}", &expert.to_string());
+        let stem = self.role.stems()[column].replace("{}", &expert.to_string());
         if self.role.in_layer() {
             format!("{layers}.{}.{stem}.weight", self.layer)
         } else {

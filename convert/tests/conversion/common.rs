@@ -1,7 +1,5 @@
 //! Small random checkpoints in every layout.
 
-#![allow(dead_code)] // each test file uses a part
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +20,8 @@ pub const FFN: usize = 512;
 pub const HEADS: usize = 4;
 pub const KV_HEADS: usize = 2;
 pub const HEAD_DIM: usize = 64;
-pub const VOCAB: usize = 320;
+/// That of the fixture, whose tokenizer goes along.
+pub const VOCAB: usize = 1280;
 pub const LAYERS: usize = 2;
 
 /// A tensor: extents slowest first, and its weights (all of them exact in BF16).
@@ -132,10 +131,23 @@ pub fn write_shard(path: &Path, dtype: Dtype, weights: &Weights) {
     safetensors::serialize_to_file(views, None, path).expect("written");
 }
 
+/// The trained fixture.
+pub fn fixture() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../quant-tests/fixtures/tiny-mixtral")
+}
+
+/// Makes a folder and puts a configuration and the fixture's tokenizer into it.
+pub fn begin(folder: &Path, config_name: &str, config: &serde_json::Value) {
+    fs::create_dir_all(folder).unwrap();
+    fs::write(folder.join(config_name), config.to_string()).unwrap();
+    for name in ["tokenizer.model", "tokenizer_config.json"] {
+        fs::copy(fixture().join(name), folder.join(name)).unwrap();
+    }
+}
+
 /// A checkpoint folder in one file.
 pub fn write_hf(folder: &Path, config: &serde_json::Value, dtype: Dtype, weights: &Weights) {
-    fs::create_dir_all(folder).unwrap();
-    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    begin(folder, "config.json", config);
     write_shard(&folder.join("model.safetensors"), dtype, weights);
 }
 
@@ -146,8 +158,7 @@ pub fn write_sharded(
     dtype: Dtype,
     weights: &Weights,
 ) -> Vec<PathBuf> {
-    fs::create_dir_all(folder).unwrap();
-    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    begin(folder, "config.json", config);
     let mut halves = [Weights::new(), Weights::new()];
     let mut weight_map = serde_json::Map::new();
     for (i, (name, tensor)) in weights.iter().enumerate() {
@@ -179,6 +190,17 @@ pub fn convert(input: &Path, output: &Path, options: &Options) -> Result<Report,
         ..options.clone()
     };
     fewbit_convert::convert(input, output, &options, &ProgressBar::hidden())
+}
+
+/// The message of a conversion that fails; checks that it is one line and that nothing is left under the output's name.
+pub fn failure(input: &Path, options: &Options) -> String {
+    let output = input.with_extension("out.gguf");
+    let error = convert(input, &output, options)
+        .expect_err("the conversion fails")
+        .to_string();
+    assert!(!error.contains('\n'), "{error}");
+    assert!(!output.exists());
+    error
 }
 
 /// Converts a folder into `OUT.gguf` beside it and reads that.

@@ -1,0 +1,309 @@
+//! Bad input gets one clear line and leaves nothing under the output's name.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use fewbit_convert::recipe::Mix;
+use fewbit_convert::{Error, Options};
+use safetensors::Dtype;
+use serde_json::json;
+
+use crate::common::*;
+
+fn q4() -> Options {
+    Options::new(Mix::Q4_K_M)
+}
+
+/// A dense model with something changed about it, and the message of its conversion.
+fn failure_of(change: impl FnOnce(&mut serde_json::Value, &mut Weights)) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut config, mut model) = (config(0), random_model(0));
+    change(&mut config, &mut model);
+    write_hf(&dir.path().join("m"), &config, Dtype::F32, &model);
+    failure(&dir.path().join("m"), &q4())
+}
+
+fn assert_says(message: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(message.contains(part), "{part:?} is not in: {message}");
+    }
+}
+
+#[test]
+fn a_truncated_shard_names_file_tensor_and_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let shards = write_sharded(
+        &dir.path().join("m"),
+        &config(4),
+        Dtype::BF16,
+        &random_model(4),
+    );
+    let whole = fs::metadata(&shards[1]).unwrap().len();
+    fs::File::options()
+        .write(true)
+        .open(&shards[1])
+        .unwrap()
+        .set_len(whole - 1)
+        .unwrap();
+    let message = failure(&dir.path().join("m"), &q4());
+    assert_says(
+        &message,
+        &[
+            "model-00002-of-00002.safetensors",
+            "truncated",
+            &whole.to_string(),
+            &(whole - 1).to_string(),
+        ],
+    );
+    assert_says(&message, &["tensor "]);
+}
+
+#[test]
+fn a_missing_shard_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let shards = write_sharded(
+        &dir.path().join("m"),
+        &config(0),
+        Dtype::BF16,
+        &random_model(0),
+    );
+    fs::remove_file(&shards[0]).unwrap();
+    assert_says(
+        &failure(&dir.path().join("m"), &q4()),
+        &["model-00001-of-00002.safetensors", "missing", "index.json"],
+    );
+}
+
+#[test]
+fn a_missing_tensor_is_named() {
+    let message = failure_of(|_, model| {
+        model.remove("model.layers.1.self_attn.v_proj.weight");
+    });
+    assert_says(
+        &message,
+        &["model.layers.1.self_attn.v_proj.weight", "missing"],
+    );
+}
+
+#[test]
+fn a_wrong_shape_is_named_with_the_expected_one() {
+    let message = failure_of(|config, _| config["intermediate_size"] = json!(FFN / 2));
+    let (expected, found) = (format!("[{HIDDEN}, {}]", FFN / 2), format!("[{HIDDEN}, {FFN}]"));
+    assert_says(&message, &["layers.0.mlp.down_proj.weight", &expected, &found]);
+}
+
+#[test]
+fn a_tensor_without_a_place_is_named() {
+    let message = failure_of(|_, model| {
+        model.insert(
+            "model.layers.0.self_attn.q_proj.bias".into(),
+            (vec![HIDDEN], vec![0.0; HIDDEN]),
+        );
+    });
+    assert_says(
+        &message,
+        &["model.layers.0.self_attn.q_proj.bias", "no place"],
+    );
+}
+
+#[test]
+fn a_weight_that_is_not_finite_is_named_with_row_and_column() {
+    for (value, says) in [
+        (f32::NAN, "NaN"),
+        (f32::INFINITY, "inf"),
+        (f32::NEG_INFINITY, "-inf"),
+    ] {
+        let change = |_: &mut _, model: &mut Weights| {
+            model
+                .get_mut("model.layers.1.mlp.up_proj.weight")
+                .unwrap()
+                .1[7 * HIDDEN + 3] = value;
+        };
+        assert_says(
+            &failure_of(change),
+            &["blk.1.ffn_up.weight", says, "row 7", "column 3"],
+        );
+    }
+}
+
+#[test]
+fn a_weight_beyond_f16_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = random_model(0);
+    model.get_mut("lm_head.weight").unwrap().1[5] = 70000.0;
+    write_hf(&dir.path().join("m"), &config(0), Dtype::F32, &model);
+    let message = failure(&dir.path().join("m"), &Options::new(Mix::F16));
+    assert_says(
+        &message,
+        &["output.weight", "row 0", "column 5", "F16", "choose BF16"],
+    );
+    converted(&dir.path().join("m"), Mix::BF16);
+}
+
+#[test]
+fn unsupported_models_are_refused_by_name() {
+    let refused = [
+        ("model_type", json!("qwen2"), "qwen2"),
+        (
+            "rope_scaling",
+            json!({"rope_type": "yarn", "factor": 4.0}),
+            "yarn",
+        ),
+        (
+            "rope_scaling",
+            json!({"type": "dynamic", "factor": 2.0}),
+            "dynamic",
+        ),
+        ("quantization_config", json!({"quant_method": "awq"}), "awq"),
+        ("attention_bias", json!(true), "attention_bias"),
+        ("hidden_act", json!("gelu"), "gelu"),
+        ("num_key_value_heads", json!(3), "3 key-value heads"),
+        ("hidden_size", json!(0), "hidden size"),
+        ("vocab_size", json!(-1), "config.json"),
+    ];
+    for (key, value, says) in refused {
+        assert_says(
+            &failure_of(|config, _| config[key] = value),
+            &["config.json", says],
+        );
+    }
+}
+
+#[test]
+fn pickled_weights_are_refused_with_the_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["consolidated.00.pth", "pytorch_model.bin"] {
+        let folder = dir.path().join(name.replace('.', "-"));
+        begin(&folder, "params.json", &json!({}));
+        fs::write(folder.join(name), b"PK").unwrap();
+        assert_says(&failure(&folder, &q4()), &[name, "safetensors"]);
+    }
+}
+
+#[test]
+fn damaged_headers_never_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("m");
+    write_hf(&folder, &config(0), Dtype::BF16, &random_model(0));
+    let shard = folder.join("model.safetensors");
+    let sound = fs::read(&shard).unwrap();
+    let damaged = [
+        ("empty", Vec::new()),
+        ("seven bytes", sound[..7].to_vec()),
+        (
+            "endless header",
+            [&u64::MAX.to_le_bytes(), &sound[8..]].concat(),
+        ),
+        (
+            "header beyond the file",
+            [&(sound.len() as u64).to_le_bytes(), &sound[8..]].concat(),
+        ),
+        ("no JSON", [&sound[..8], b"garbage!", &sound[16..]].concat()),
+    ];
+    for (what, bytes) in damaged {
+        fs::write(&shard, bytes).unwrap();
+        let message = failure(&folder, &q4());
+        assert!(message.contains("model.safetensors"), "{what}: {message}");
+    }
+}
+
+#[test]
+fn an_existing_output_is_kept_unless_forced() {
+    let dir = tempfile::tempdir().unwrap();
+    let (input, output) = (dir.path().join("m"), dir.path().join("out.gguf"));
+    write_hf(&input, &config(0), Dtype::BF16, &random_model(0));
+    fs::write(&output, "precious").unwrap();
+    let error = convert(&input, &output, &q4()).unwrap_err();
+    assert!(matches!(error, Error::Exists(_)));
+    assert_eq!(fs::read(&output).unwrap(), b"precious");
+    convert(
+        &input,
+        &output,
+        &Options {
+            force: true,
+            ..q4()
+        },
+    )
+    .unwrap();
+    assert!(fs::read(&output).unwrap().starts_with(b"GGUF"));
+}
+
+#[test]
+fn the_output_must_not_be_an_input() {
+    let dir = tempfile::tempdir().unwrap();
+    write_hf(
+        &dir.path().join("m"),
+        &config(0),
+        Dtype::BF16,
+        &random_model(0),
+    );
+    let (gguf, _) = converted(&dir.path().join("m"), Mix::F32);
+    let before = fs::read(&gguf).unwrap();
+    let error = convert(
+        &gguf,
+        &gguf,
+        &Options {
+            force: true,
+            ..q4()
+        },
+    )
+    .unwrap_err();
+    assert!(matches!(error, Error::OutputIsInput(_)));
+    assert!(fs::read(&gguf).unwrap() == before);
+}
+
+#[test]
+fn quantized_sources_need_permission() {
+    let dir = tempfile::tempdir().unwrap();
+    write_hf(
+        &dir.path().join("m"),
+        &config(0),
+        Dtype::BF16,
+        &random_model(0),
+    );
+    let (gguf, _) = converted(&dir.path().join("m"), Mix::Q8_0);
+    assert_says(&failure(&gguf, &q4()), &["Q8_0", "--allow-requantize"]);
+    let allowed = Options {
+        allow_requantize: true,
+        ..q4()
+    };
+    convert(&gguf, &dir.path().join("again.gguf"), &allowed).unwrap();
+}
+
+fn command(input: &Path, output: &Path, more: &[&str]) -> std::process::Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fewbit-convert"));
+    command.arg(input).arg(output).args(more).output().unwrap()
+}
+
+#[test]
+fn exit_codes_tell_failure_from_wrong_usage() {
+    let dir = tempfile::tempdir().unwrap();
+    let (input, output) = (dir.path().join("m"), dir.path().join("out.gguf"));
+    write_hf(&input, &config(0), Dtype::BF16, &random_model(0));
+    let done = command(&input, &output, &["--type", "q4_k_m", "--json"]);
+    assert_eq!(done.status.code(), Some(0));
+    let report: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert_eq!(report["file_bytes"], fs::metadata(&output).unwrap().len());
+    assert!(done.stderr.is_empty());
+
+    let failed = command(
+        &dir.path().join("nowhere"),
+        &output,
+        &["--type", "Q4_K_M", "--force"],
+    );
+    assert_eq!(failed.status.code(), Some(1));
+    assert_eq!(String::from_utf8_lossy(&failed.stderr).lines().count(), 1);
+    assert_eq!(
+        command(&input, &output, &["--type", "Q4_K_XXL"])
+            .status
+            .code(),
+        Some(2)
+    );
+    assert_eq!(
+        command(&input, &output, &["--type", "Q4_K_M", "--tensor-type", "("])
+            .status
+            .code(),
+        Some(2)
+    );
+}

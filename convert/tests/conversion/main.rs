@@ -1,0 +1,9 @@
+//! Whole conversions of small checkpoints.
+
+mod common;
+mod failures;
+mod fixture;
+mod imatrix;
+mod layouts;
+mod metadata;
+mod resume;
