@@ -1,34 +1,56 @@
 //! The command line of `fewbit-convert`.
 
+use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Args, Parser, Subcommand};
 use fewbit::quant::BlockType;
 use indicatif::{ProgressBar, ProgressStyle};
 use regex::Regex;
 use serde_json::json;
 
+use crate::dry_run::DryRun;
 use crate::error::Result;
 use crate::pipeline::{Options, Report, convert};
 use crate::recipe::Mix;
+use crate::synth::{self, Preset};
+
+#[derive(Parser)]
+#[command(name = "fewbit-convert", version, max_term_width = 100)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    convert: Option<ConvertArgs>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Synth(SynthArgs),
+}
 
 /// Quantizes a checkpoint into one GGUF file.
 ///
 /// Takes a folder of safetensors as it was downloaded (Mixtral, Mistral, Llama; Hugging Face's layouts or
 /// Mistral's own), or a GGUF file. A run that was cut off goes on when it is called again with the same arguments.
-#[derive(Parser)]
-#[command(name = "fewbit-convert", version, max_term_width = 100)]
-struct Cli {
+#[derive(Args)]
+struct ConvertArgs {
     /// Folder of the checkpoint, or a GGUF file
     checkpoint: PathBuf,
     /// File to write
-    output: PathBuf,
+    #[arg(required_unless_present = "dry_run")]
+    output: Option<PathBuf>,
     /// Recipe: Q4_K_M, Q5_K_M, Q8_0 and so on, as llama-quantize names them
-    #[arg(long = "type", value_name = "TYPE")]
-    mix: Mix,
+    #[arg(
+        long = "type",
+        value_name = "TYPE",
+        required_unless_present = "dry_run"
+    )]
+    mix: Option<Mix>,
     /// Importance matrix (GGUF or legacy) that guides the encoding
     #[arg(long, value_name = "FILE")]
     imatrix: Option<PathBuf>,
@@ -53,16 +75,55 @@ struct Cli {
     /// Seconds between two points from which a run that is cut off can go on
     #[arg(long, value_name = "SECONDS", default_value_t = 2, hide = true)]
     record_every: u64,
+    /// Write nothing; print parameters, bytes and RAM (a folder that holds only config.json is
+    /// enough; TYPE is Q4_K_M unless given)
+    #[arg(long)]
+    dry_run: bool,
+    /// Context in tokens that --dry-run counts RAM for
+    #[arg(
+        short = 'c',
+        long,
+        value_name = "N",
+        default_value_t = 4096,
+        requires = "dry_run"
+    )]
+    ctx: usize,
     /// Print one JSON object on stdout instead of the summary
     #[arg(long)]
     json: bool,
+}
+
+/// Writes a file of random weights with the shapes of a real model, for benchmarks
+#[derive(Args)]
+struct SynthArgs {
+    /// mixtral-8x7b, mixtral-8x22b, mistral-7b or llama-2-7b
+    model: Preset,
+    /// File to write
+    output: PathBuf,
+    /// Recipe, as in a conversion
+    #[arg(long = "type", value_name = "TYPE")]
+    mix: Mix,
+    /// Layers [default: the model's]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    layers: Option<u16>,
+    /// Equal seeds give equal files
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Replace OUTPUT if it exists
+    #[arg(long)]
+    force: bool,
 }
 
 /// Runs the command that the process's arguments name: exit code 0 if it is done, 1 if it failed, 2 on wrong usage.
 pub fn main() -> ExitCode {
     let cli = Cli::parse(); // leaves with code 2 by itself
     ignore_file_size_signal();
-    match run(&cli) {
+    let done = match (&cli.command, &cli.convert) {
+        (Some(Command::Synth(args)), _) => run_synth(args),
+        (None, Some(args)) => run_convert(args),
+        (None, None) => unreachable!("clap asks for a checkpoint"),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("fewbit-convert: {error}");
@@ -71,28 +132,72 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(cli: &Cli) -> Result<()> {
+fn run_convert(args: &ConvertArgs) -> Result<()> {
     let options = Options {
-        overrides: cli.tensor_types.clone(),
-        imatrix: cli.imatrix.clone(),
-        threads: cli.threads,
-        force: cli.force,
-        allow_requantize: cli.allow_requantize,
-        record_every: Duration::from_secs(cli.record_every),
-        ..Options::new(cli.mix)
+        overrides: args.tensor_types.clone(),
+        imatrix: args.imatrix.clone(),
+        threads: args.threads,
+        force: args.force,
+        allow_requantize: args.allow_requantize,
+        record_every: Duration::from_secs(args.record_every),
+        ..Options::new(args.mix.unwrap_or(Mix::Q4_K_M))
+    };
+    let output = match &args.output {
+        Some(output) if !args.dry_run => output,
+        _ => return dry_run(args, &options),
     };
     let progress = progress_bar();
-    let result = convert(&cli.checkpoint, &cli.output, &options, &progress);
+    let result = convert(&args.checkpoint, output, &options, &progress);
     progress.finish_and_clear();
     let report = result?;
-    let text = if cli.json {
+    print(if args.json {
         as_json(&report)
     } else {
         summary(&report)
-    };
-    // Whoever closed the pipe does not want to read it.
-    let _ = writeln!(io::stdout(), "{text}");
+    });
     Ok(())
+}
+
+fn dry_run(args: &ConvertArgs, options: &Options) -> Result<()> {
+    let run = DryRun::new(&args.checkpoint, options, args.ctx)?;
+    if args.json {
+        if let Some(caveat) = run.caveat() {
+            eprintln!("fewbit-convert: file_bytes is {caveat}");
+        }
+        print(run.json());
+    } else {
+        print(run);
+    }
+    Ok(())
+}
+
+fn run_synth(args: &SynthArgs) -> Result<()> {
+    let mut config = args.model.config();
+    config.layers = args.layers.map_or(config.layers, usize::from);
+    let options = synth::Options {
+        name: format!("{}, {} layers of random weights", args.model, config.layers),
+        config,
+        mix: args.mix,
+        seed: args.seed,
+        force: args.force,
+    };
+    let progress = progress_bar();
+    let result = synth::synth(&args.output, &options, &progress);
+    progress.finish_and_clear();
+    let report = result?;
+    let seconds = report.elapsed.as_secs_f64();
+    print(format_args!(
+        "{}: {} bytes, {seconds:.1} s, {:.0} MB/s",
+        report.path.display(),
+        report.file_bytes,
+        report.file_bytes as f64 / 1e6 / seconds
+    ));
+    Ok(())
+}
+
+/// Prints to stdout. Whoever closed the pipe does not want to read it.
+fn print(text: impl fmt::Display) {
+    let _ = writeln!(io::stdout(), "{text}");
 }
 
 fn summary(report: &Report) -> String {

@@ -6,12 +6,14 @@
 //! - [`recipe`], [`plan`]: a type for every tensor; the output, laid out
 //! - [`imatrix`], [`encode`]: rows in, blocks out
 //! - [`pipeline`], [`journal`]: reading, encoding and writing at once, in bounded memory; going on after a cut
+//! - [`dry_run`]: what a conversion would give; [`synth`]: files of random weights, for benchmarks
 //! - [`cli`]: the command line
 
 pub mod checkpoint;
 pub mod cli;
 pub mod config;
 mod disk;
+pub mod dry_run;
 pub mod encode;
 mod error;
 pub mod imatrix;
@@ -21,6 +23,7 @@ pub mod pipeline;
 pub mod plan;
 pub mod recipe;
 pub mod sentencepiece;
+pub mod synth;
 pub mod tekken;
 pub mod tokenizer_json;
 pub mod vocab;

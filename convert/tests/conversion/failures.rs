@@ -89,8 +89,14 @@ fn a_missing_tensor_is_named() {
 #[test]
 fn a_wrong_shape_is_named_with_the_expected_one() {
     let message = failure_of(|config, _| config["intermediate_size"] = json!(FFN / 2));
-    let (expected, found) = (format!("[{HIDDEN}, {}]", FFN / 2), format!("[{HIDDEN}, {FFN}]"));
-    assert_says(&message, &["layers.0.mlp.down_proj.weight", &expected, &found]);
+    let (expected, found) = (
+        format!("[{HIDDEN}, {}]", FFN / 2),
+        format!("[{HIDDEN}, {FFN}]"),
+    );
+    assert_says(
+        &message,
+        &["layers.0.mlp.down_proj.weight", &expected, &found],
+    );
 }
 
 #[test]

@@ -1,0 +1,251 @@
+//! `--dry-run`: what a conversion would give, before a weight is read or even downloaded.
+//!
+//! Everything follows from metadata: the tensors from the checkpoint's table or, where there are no
+//! weights yet, from its configuration; their types from the recipe; the file's length from
+//! its layout; the RAM from the model's extents.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::{self, DirEntry};
+use std::path::{Path, PathBuf};
+
+use fewbit::gguf::TensorDecl;
+use fewbit::plan::{Group, Shape, Sizes};
+use fewbit::quant::BlockType;
+use serde_json::json;
+
+use crate::checkpoint::names::expected;
+use crate::checkpoint::{self, Checkpoint, Hyperparameters, RowOrder, Source, Tensor};
+use crate::error::{Error, Result};
+use crate::imatrix::Imatrix;
+use crate::metadata;
+use crate::pipeline::Options;
+use crate::plan::Plan;
+use crate::recipe::Mix;
+use crate::vocab;
+
+/// What a conversion would give.
+#[derive(Debug)]
+pub struct DryRun {
+    path: PathBuf,
+    mix: Mix,
+    ctx: usize,
+    shape: Shape,
+    tensors: Vec<TensorDecl>,
+    sizes: Sizes,
+    plan: Plan,
+    /// Whether the file's length leaves out a tokenizer that is not there yet.
+    without_tokenizer: bool,
+}
+
+impl DryRun {
+    /// Plans the conversion of `input`, a checkpoint's folder (its configuration is enough) or a GGUF file, and
+    /// running its result with a context of `ctx` tokens.
+    ///
+    /// # Errors
+    /// As in the conversion, where what is there does not fit together.
+    pub fn new(input: &Path, options: &Options, ctx: usize) -> Result<Self> {
+        let (checkpoint, without_tokenizer) = if input.is_dir() && !has_weights(input)? {
+            from_config(input)?
+        } else {
+            (Checkpoint::open(input)?, false)
+        };
+        let shape = Shape::from_metadata(&checkpoint.metadata)?;
+        let imatrix = options.imatrix.as_deref().map(Imatrix::read).transpose()?;
+        let plan = Plan::new(
+            &checkpoint,
+            options.mix,
+            &options.overrides,
+            imatrix.as_ref(),
+            options.allow_requantize,
+        )?;
+        let tensors: Vec<TensorDecl> = checkpoint
+            .tensors
+            .into_iter()
+            .zip(&plan.kinds)
+            .map(|(Tensor { name, shape, .. }, &kind)| TensorDecl { name, kind, shape })
+            .collect();
+        Ok(Self {
+            path: input.to_owned(),
+            mix: options.mix,
+            ctx,
+            sizes: Sizes::of(shape.experts, shape.experts_used, &tensors),
+            shape,
+            tensors,
+            plan,
+            without_tokenizer,
+        })
+    }
+
+    /// Length of the file; that of all but the tokenizer, where this is not there yet.
+    pub fn file_bytes(&self) -> u64 {
+        self.plan.layout.file_bytes()
+    }
+
+    /// RAM that keeps weights, KV cache and scratch resident.
+    pub fn ram_bytes(&self) -> u64 {
+        self.shape.ram_bytes(self.sizes.bytes_total(), self.ctx)
+    }
+
+    /// What makes a figure inexact.
+    pub fn caveat(&self) -> Option<&'static str> {
+        self.without_tokenizer
+            .then_some("without the tokenizer, which is not there: about a megabyte more")
+    }
+
+    /// The figures as one object.
+    pub fn json(&self) -> serde_json::Value {
+        let tensor = |(index, tensor): (usize, &TensorDecl)| {
+            json!({
+                "name": tensor.name,
+                "type": tensor.kind.name(),
+                "shape": tensor.shape,
+                "bytes": self.plan.layout.tensor_bytes(index),
+            })
+        };
+        json!({
+            "params_total": self.sizes.params_total(),
+            "params_active": self.sizes.params_active(),
+            "file_bytes": self.file_bytes(),
+            "ram_bytes": self.ram_bytes(),
+            "tensors": self.tensors.iter().enumerate().map(tensor).collect::<Vec<_>>(),
+        })
+    }
+
+    /// Tensors, parameters and bytes by group and type.
+    fn rows(&self) -> BTreeMap<(Group, BlockType), (u64, u64, u64)> {
+        let mut rows = BTreeMap::new();
+        for (index, tensor) in self.tensors.iter().enumerate() {
+            let row: &mut (u64, u64, u64) = rows
+                .entry((Group::of(&tensor.name), tensor.kind))
+                .or_default();
+            row.0 += 1;
+            row.1 += tensor
+                .shape
+                .iter()
+                .map(|&extent| extent as u64)
+                .product::<u64>();
+            row.2 += self.plan.layout.tensor_bytes(index);
+        }
+        rows
+    }
+}
+
+impl fmt::Display for DryRun {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sizes = &self.sizes;
+        let about = if self.without_tokenizer { "about " } else { "" };
+        writeln!(f, "{} as {}", self.path.display(), self.mix)?;
+        writeln!(
+            f,
+            "parameters  {} in all, {} at work on a token",
+            params(sizes.params_total()),
+            params(sizes.params_active())
+        )?;
+        writeln!(
+            f,
+            "file        {about}{}, {:.3} bits per weight",
+            bytes(self.file_bytes()),
+            self.plan.bits_per_weight()
+        )?;
+        writeln!(
+            f,
+            "RAM         {} at a context of {}: weights {}, KV cache {}, scratch {}",
+            bytes(self.ram_bytes()),
+            self.ctx,
+            bytes(sizes.bytes_total()),
+            bytes(self.shape.kv_bytes(self.ctx, 2)),
+            bytes(self.shape.scratch_bytes())
+        )?;
+        writeln!(f)?;
+        writeln!(
+            f,
+            "{:<13} {:<6} {:>7} {:>11} {:>10} {:>7}",
+            "group", "type", "tensors", "parameters", "bytes", "share"
+        )?;
+        for ((group, kind), (count, weights, size)) in self.rows() {
+            writeln!(
+                f,
+                "{group:<13} {:<6} {count:>7} {:>11} {:>10} {:>5.1} %",
+                kind.name(),
+                params(weights),
+                bytes(size),
+                100.0 * size as f64 / sizes.bytes_total() as f64
+            )?;
+        }
+        for line in self.plan.fallback_lines() {
+            write!(f, "\n{line}")?;
+        }
+        if let Some(caveat) = self.caveat() {
+            write!(f, "\nfile: {caveat}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a folder holds any file of weights (an index alone is none).
+fn has_weights(folder: &Path) -> Result<bool> {
+    let is_weights = |file: &DirEntry| {
+        file.path()
+            .extension()
+            .is_some_and(|extension| extension == "safetensors")
+    };
+    let mut files = fs::read_dir(folder).map_err(Error::io("list", folder))?;
+    Ok(files.any(|file| file.is_ok_and(|file| is_weights(&file))))
+}
+
+/// A checkpoint of which there is only the configuration, and whether its tokenizer is missing too.
+fn from_config(folder: &Path) -> Result<(Checkpoint, bool)> {
+    let config = checkpoint::config_of(folder)?;
+    let mut metadata = metadata::from_config(&metadata::model_name(folder), &config);
+    // The tokenizer may be missing: its size is then all that is not known.
+    for (key, value) in vocab::from_checkpoint(folder).into_iter().flatten() {
+        metadata.insert(key, value);
+    }
+    let without_tokenizer = !metadata.contains("tokenizer.ggml.tokens");
+    let tensor = |e: checkpoint::names::Expected| Tensor {
+        name: e.name,
+        shape: e.shape,
+        // Only what is not quantized keeps this type, and that is F32 whatever the checkpoint holds.
+        kind: BlockType::F32,
+        source: Source::Stored {
+            kind: BlockType::F32,
+            slabs: Vec::new(),
+            order: RowOrder::Stored,
+        },
+    };
+    let checkpoint = Checkpoint {
+        path: folder.to_owned(),
+        files: Vec::new(),
+        metadata,
+        tensors: expected(&config).into_iter().map(tensor).collect(),
+        hyperparameters: Hyperparameters {
+            layers: config.layers,
+            experts: config.experts,
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+        },
+    };
+    Ok((checkpoint, without_tokenizer))
+}
+
+/// `46.7 B` for 46,702,792,704.
+fn params(count: u64) -> String {
+    scaled(count, ["", " K", " M", " B", " T"])
+}
+
+/// `26.4 GB` for 26,442,000,000.
+fn bytes(count: u64) -> String {
+    scaled(count, [" B", " kB", " MB", " GB", " TB"])
+}
+
+fn scaled(count: u64, units: [&str; 5]) -> String {
+    let mut value = count as f64;
+    let mut unit = 0;
+    while value >= 999.95 && unit + 1 < units.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let decimals = usize::from(unit > 0);
+    format!("{value:.decimals$}{}", units[unit])
+}

@@ -1,0 +1,314 @@
+//! Files of random weights with the shapes of real models, for benchmarks.
+//!
+//! Speed depends on shapes and types, not on what the weights say, so a benchmark needs no
+//! download. But it needs weights that behave: activations that stay finite, experts that
+//! are chosen about equally often. All weights are normal with mean 0, the norms are 1, and
+//! deviations are chosen so that the residual stream keeps its order of magnitude ([`deviation`]).
+
+mod blocks;
+mod vocab;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use fewbit::gguf::{Layout, TensorDecl, Writer};
+use fewbit::quant::BlockType::{self, F32};
+use indicatif::ProgressBar;
+
+use self::blocks::{CHUNK, Normals, Pool};
+use crate::checkpoint::names::{Expected, Role, expected};
+use crate::config::{ModelConfig, RopeScaling};
+use crate::disk;
+use crate::error::{Error, Result};
+use crate::journal::with_suffix;
+use crate::metadata;
+use crate::recipe::{self, Mix, RecipeModel, RecipeTensor};
+
+/// Models whose shapes are known by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preset {
+    /// Mixtral 8x7B (v0.1).
+    Mixtral8x7b,
+    /// Mixtral 8x22B (v0.3).
+    Mixtral8x22b,
+    /// Mistral 7B (v0.2).
+    Mistral7b,
+    /// Llama 2 7B.
+    Llama2_7b,
+}
+
+impl Preset {
+    /// Every preset.
+    pub const ALL: [Self; 4] = [
+        Self::Mixtral8x7b,
+        Self::Mixtral8x22b,
+        Self::Mistral7b,
+        Self::Llama2_7b,
+    ];
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mixtral8x7b => "mixtral-8x7b",
+            Self::Mixtral8x22b => "mixtral-8x22b",
+            Self::Mistral7b => "mistral-7b",
+            Self::Llama2_7b => "llama-2-7b",
+        }
+    }
+
+    /// The configuration that the model was published with.
+    pub fn config(self) -> ModelConfig {
+        let mistral = ModelConfig {
+            vocab: 32000,
+            context: 32768,
+            hidden: 4096,
+            layers: 32,
+            ffn: 14336,
+            heads: 32,
+            kv_heads: 8,
+            head_dim: 128,
+            head_dim_given: false,
+            experts: 0,
+            experts_used: 0,
+            rms_eps: 1e-5,
+            rope_theta: 1e6,
+            rope_scaling: RopeScaling::None,
+            sliding_window: None,
+            tied_embeddings: false,
+        };
+        let mixtral = ModelConfig {
+            experts: 8,
+            experts_used: 2,
+            ..mistral
+        };
+        match self {
+            Self::Mistral7b => mistral,
+            Self::Mixtral8x7b => mixtral,
+            Self::Mixtral8x22b => ModelConfig {
+                vocab: 32768,
+                context: 65536,
+                hidden: 6144,
+                layers: 56,
+                ffn: 16384,
+                heads: 48,
+                ..mixtral
+            },
+            Self::Llama2_7b => ModelConfig {
+                context: 4096,
+                ffn: 11008,
+                kv_heads: 32,
+                rope_theta: 1e4,
+                ..mistral
+            },
+        }
+    }
+}
+
+impl fmt::Display for Preset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Preset {
+    type Err = UnknownPreset;
+
+    fn from_str(name: &str) -> std::result::Result<Self, UnknownPreset> {
+        let known = Preset::ALL.into_iter().find(|preset| preset.name() == name);
+        known.ok_or_else(|| UnknownPreset(name.to_owned()))
+    }
+}
+
+/// No preset has this name.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("unknown model {0:?}; one of {list}", list = Preset::ALL.map(Preset::name).join(", "))]
+pub struct UnknownPreset(pub String);
+
+/// What is to be written.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// `general.name` of the file.
+    pub name: String,
+    /// The model's extents. Rows must be multiples of 256 weights and embeddings not tied.
+    pub config: ModelConfig,
+    /// Recipe of the types.
+    pub mix: Mix,
+    /// Equal seeds give equal bytes.
+    pub seed: u64,
+    /// Replace an existing file.
+    pub force: bool,
+}
+
+/// What was written.
+#[derive(Debug)]
+pub struct Report {
+    /// The file.
+    pub path: PathBuf,
+    /// Its length.
+    pub file_bytes: u64,
+    /// Time that it took.
+    pub elapsed: Duration,
+}
+
+/// Writes a file of random weights under the name `output`, whole or not at all.
+///
+/// `progress` gets the bytes written. Memory stays below 200 MB.
+///
+/// # Errors
+/// If the file exists (and is not to be replaced), there is no room for it, or writing fails.
+pub fn synth(output: &Path, options: &Options, progress: &ProgressBar) -> Result<Report> {
+    let started = Instant::now();
+    if output.exists() && !options.force {
+        return Err(Error::Exists(output.to_owned()));
+    }
+    let tensors = expected(&options.config);
+    let kinds = types(options, &tensors)?;
+    let layout = layout(options, &tensors, &kinds)?;
+    let file_bytes = layout.file_bytes();
+    disk::require(output, file_bytes)?;
+    progress.set_length(file_bytes);
+
+    let partial = with_suffix(output, ".partial");
+    let weights = Weights::new(options);
+    let written = weights
+        .write(&partial, layout, &tensors, &kinds, progress)
+        .and_then(|()| {
+            fs::rename(&partial, output).map_err(Error::io("rename the finished file to", output))
+        });
+    if let Err(error) = written {
+        let _ = fs::remove_file(&partial); // the first error is the one to report
+        return Err(error);
+    }
+    Ok(Report {
+        path: output.to_owned(),
+        file_bytes,
+        elapsed: started.elapsed(),
+    })
+}
+
+fn types(options: &Options, tensors: &[Expected]) -> Result<Vec<BlockType>> {
+    let ModelConfig {
+        layers,
+        heads,
+        kv_heads,
+        experts,
+        ..
+    } = options.config;
+    let model = RecipeModel {
+        layers,
+        heads,
+        kv_heads,
+        experts,
+        imatrix: false,
+    };
+    let tensors: Vec<RecipeTensor> = tensors
+        .iter()
+        .map(|t| RecipeTensor {
+            name: &t.name,
+            shape: &t.shape,
+            source: F32,
+        })
+        .collect();
+    let choices = recipe::assign(options.mix, &model, &[], &tensors)?;
+    Ok(choices.iter().map(|choice| choice.kind).collect())
+}
+
+fn layout(options: &Options, tensors: &[Expected], kinds: &[BlockType]) -> Result<Layout> {
+    let mut metadata = metadata::from_config(&options.name, &options.config);
+    for (key, value) in vocab::dummy(options.config.vocab) {
+        metadata.insert(key, value);
+    }
+    metadata::set_encoding(&mut metadata, recipe::ftype_id(options.mix));
+    let decls: Vec<TensorDecl> = tensors
+        .iter()
+        .zip(kinds)
+        .map(|(tensor, &kind)| TensorDecl {
+            name: tensor.name.clone(),
+            kind,
+            shape: tensor.shape.clone(),
+        })
+        .collect();
+    Ok(Layout::new(&metadata, &decls)?)
+}
+
+/// Standard deviation of a matrix's weights.
+///
+/// A matrix with rows of `columns` weights of deviation 1/√columns keeps the variance of what
+/// it is multiplied with, and that is 1 after a norm. So queries, keys, gates, router and
+/// output logits have variance 1. What is added to the residual stream is scaled down by
+/// √(2·layers): the stream starts with variance 1 and ends below 2.
+fn deviation(role: Role, config: &ModelConfig, columns: usize) -> f32 {
+    let keep = 1.0 / (columns as f32).sqrt();
+    match role {
+        Role::TokenEmbd => 1.0,
+        Role::AttnOutput | Role::Down | Role::DownExperts => {
+            keep / (2.0 * config.layers as f32).sqrt()
+        }
+        _ => keep,
+    }
+}
+
+/// Weights on demand, determined by seed, tensor and place alone.
+struct Weights<'a> {
+    options: &'a Options,
+    normals: Normals,
+}
+
+impl<'a> Weights<'a> {
+    /// Bytes that are made and then written at a time.
+    const BUFFER: usize = 32 << 20;
+
+    fn new(options: &'a Options) -> Self {
+        Self {
+            options,
+            normals: Normals::new(options.seed),
+        }
+    }
+
+    fn write(
+        &self,
+        path: &Path,
+        layout: Layout,
+        tensors: &[Expected],
+        kinds: &[BlockType],
+        progress: &ProgressBar,
+    ) -> Result<()> {
+        let mut writer = Writer::create(path, layout)?;
+        let mut pools = HashMap::new();
+        let mut buffer = Vec::new();
+        for (index, (tensor, &kind)) in tensors.iter().zip(kinds).enumerate() {
+            progress.set_message(tensor.name.clone());
+            let weights: usize = tensor.shape.iter().product();
+            let sigma = deviation(tensor.role, &self.options.config, tensor.shape[0]);
+            if tensor.shape.len() == 1 {
+                let ones = vec![1.0_f32; weights];
+                writer.write(bytemuck::cast_slice(&ones))?;
+                continue;
+            }
+            if tensor.role == Role::Router {
+                // Few weights that decide on much: each its own random number.
+                let fresh =
+                    blocks::normals(self.options.seed, (index as u64) << 40, weights, sigma);
+                writer.write(bytemuck::cast_slice(&fresh))?;
+                continue;
+            }
+            let pool = pools
+                .entry((kind, sigma.to_bits()))
+                .or_insert_with(|| Pool::new(kind, sigma, &self.normals));
+            let chunks = weights / CHUNK;
+            let chunks_at_once = Self::BUFFER / pool.chunk_bytes();
+            for (part, first) in (0..chunks).step_by(chunks_at_once).enumerate() {
+                let bytes = chunks_at_once.min(chunks - first) * pool.chunk_bytes();
+                buffer.resize(bytes, 0);
+                pool.deal(self.options.seed, index as u64, part as u64, &mut buffer);
+                writer.write(&buffer)?;
+                progress.inc(bytes as u64);
+            }
+        }
+        Ok(writer.finish()?)
+    }
+}
