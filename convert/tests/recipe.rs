@@ -421,11 +421,13 @@ fn try_types(model: Model, mix: Mix, overrides: Overrides) -> Result<Vec<Choice>
     choose(model, &model.tensors(), mix, false, overrides)
 }
 
+type LayersByType = Vec<(BlockType, Vec<usize>)>;
+
 /// One line a kind of tensor, in the model's order: the type if it is one, else each with its layers.
 fn summary(model: Model, mix: Mix, imatrix: bool, overrides: Overrides) -> Vec<String> {
     let tensors = model.tensors();
     let choices = choose(model, &tensors, mix, imatrix, overrides).unwrap();
-    let mut parts: Vec<(&str, Vec<(BlockType, Vec<usize>)>)> = vec![];
+    let mut parts: Vec<(&str, LayersByType)> = vec![];
     for ((name, _), choice) in tensors.iter().zip(&choices) {
         let mut fields = name.trim_end_matches(".weight").split('.');
         let part = fields.next_back().unwrap();
