@@ -19,12 +19,6 @@ pub(super) fn nearest_int(value: f32) -> i32 {
     (bits & 0x007f_ffff) as i32 - 0x0040_0000
 }
 
-/// [`nearest_int`] as a float, for magnitudes up to 2²² − 1.
-#[inline]
-fn nearest(value: f32) -> f32 {
-    (value + ROUNDER) - ROUNDER
-}
-
 /// A C cast to `int` as x86 executes it: towards zero; `i32::MIN` where it does not fit.
 #[inline]
 pub(super) fn truncate(value: f32) -> i32 {
@@ -84,7 +78,7 @@ pub(super) fn fit_symmetric<const N: usize>(
     for (&x, &w) in x.iter().zip(weights) {
         let wx = w * x;
         for lane in 0..LANES {
-            let l = nearest(inverse_scales[lane] * x);
+            let l = nearest_int(inverse_scales[lane] * x) as f32;
             let l = if l > lowest { l } else { lowest };
             let l = if l < highest { l } else { highest };
             sum_wxl[lane] += wx * l;
