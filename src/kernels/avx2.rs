@@ -25,7 +25,7 @@ use half::f16;
 
 use super::activations::{SCALE_LEN, SUM_LEN, inverse_scale};
 use super::scalar::decode_pieces;
-use super::x86::{self, SuperBlock, half_bits};
+use super::x86::{self, SuperBlock, by_fours, entry, half_bits};
 use super::{Activation, DotRows, Kernels};
 use crate::quant::{
     BF16, Block, BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1,
@@ -51,17 +51,7 @@ pub fn kernels() -> Option<&'static Kernels> {
     runs.then_some(&KERNELS)
 }
 
-/// Makes a safe function of a table out of a function that needs the CPU's features.
-macro_rules! entry {
-    ($inner:expr) => {
-        |rows, x, out| {
-            // SAFETY: tables are only handed out where the CPU has the features.
-            unsafe { $inner(rows, x, out) }
-        }
-    };
-}
-
-fn dot(kind: BlockType) -> DotRows {
+pub(super) fn dot(kind: BlockType) -> DotRows {
     match kind {
         BlockType::F32 => entry!(dot_floats::<F32>),
         BlockType::F16 => entry!(dot_floats::<F16>),
@@ -111,26 +101,6 @@ trait SmallBlock: Codes {
     /// # Safety
     /// The CPU has F16C.
     unsafe fn scale_and_minimum(&self) -> (f32, f32);
-}
-
-/// Calls `dot` with four rows at a time, then with the rest one by one. `dot` gives a row the
-/// same bits in either company.
-#[inline(always)]
-pub(super) fn by_fours<B: Block>(
-    rows: Rows<'_>,
-    out: &mut [f32],
-    four: impl Fn([&[B]; 4]) -> [f32; 4],
-    one: impl Fn([&[B]; 1]) -> [f32; 1],
-) {
-    let blocks = |index| bytemuck::cast_slice(rows.row(index));
-    let (fours, rest) = out.as_chunks_mut::<4>();
-    let done = 4 * fours.len();
-    for (i, out) in fours.iter_mut().enumerate() {
-        *out = four(std::array::from_fn(|r| blocks(4 * i + r)));
-    }
-    for (i, out) in rest.iter_mut().enumerate() {
-        [*out] = one([blocks(done + i)]);
-    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -12,6 +12,8 @@
 pub mod activations;
 #[cfg(target_arch = "x86_64")]
 pub mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub mod avx512;
 pub mod experts;
 pub mod limits;
 pub mod linear;
@@ -54,7 +56,7 @@ impl Kernels {
         #[allow(unused_mut)] // other architectures have no table of their own yet
         let mut tables = vec![&scalar::KERNELS];
         #[cfg(target_arch = "x86_64")]
-        tables.extend(avx2::kernels());
+        tables.extend(avx2::kernels().into_iter().chain(avx512::kernels()));
         tables
     }
 

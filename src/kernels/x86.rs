@@ -1,8 +1,41 @@
-//! What the kernels for AVX2 and AVX-512 have in common: the scales of super-blocks.
+//! What the kernels for AVX2 and AVX-512 have in common: how rows are taken, and the scales of
+//! super-blocks.
 
 use std::arch::x86_64::*;
 
 use crate::quant::{Block, BlockIQ4XS, BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5K, BlockQ6K, F16};
+use crate::tensor::Rows;
+
+/// Makes a safe function of a table out of a function that needs the CPU's features.
+macro_rules! entry {
+    ($inner:expr) => {
+        |rows, x, out| {
+            // SAFETY: tables are only handed out where the CPU has the features.
+            unsafe { $inner(rows, x, out) }
+        }
+    };
+}
+pub(super) use entry;
+
+/// Calls `dot` with four rows at a time, then with the rest one by one. `dot` gives a row the
+/// same bits in either company.
+#[inline(always)]
+pub(super) fn by_fours<B: Block>(
+    rows: Rows<'_>,
+    out: &mut [f32],
+    four: impl Fn([&[B]; 4]) -> [f32; 4],
+    one: impl Fn([&[B]; 1]) -> [f32; 1],
+) {
+    let blocks = |index| bytemuck::cast_slice(rows.row(index));
+    let (fours, rest) = out.as_chunks_mut::<4>();
+    let done = 4 * fours.len();
+    for (i, out) in fours.iter_mut().enumerate() {
+        *out = four(std::array::from_fn(|r| blocks(4 * i + r)));
+    }
+    for (i, out) in rest.iter_mut().enumerate() {
+        [*out] = one([blocks(done + i)]);
+    }
+}
 
 /// A block of 256 weights with scales (and, perhaps, minima) in units of its own.
 pub(super) trait SuperBlock: Block {
