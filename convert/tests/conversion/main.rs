@@ -1,6 +1,7 @@
 //! Whole conversions of small checkpoints.
 
 mod common;
+mod dry_run;
 mod failures;
 mod fixture;
 mod imatrix;

@@ -1,7 +1,5 @@
 //! `--dry-run`: figures from metadata alone, and the same as the conversion's.
 
-mod common;
-
 use std::fs;
 use std::process::Command;
 
@@ -10,6 +8,8 @@ use fewbit_convert::dry_run::DryRun;
 use fewbit_convert::recipe::Mix;
 use safetensors::Dtype;
 use serde_json::{Value, json};
+
+use crate::common;
 
 /// `config.json` of Mixtral-8x7B-v0.1, as published.
 const MIXTRAL_8X7B: &str = r#"{
