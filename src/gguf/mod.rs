@@ -18,6 +18,7 @@ mod error;
 mod metadata;
 pub mod names;
 mod read;
+mod source;
 mod split;
 mod value;
 mod write;

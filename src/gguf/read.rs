@@ -1,27 +1,20 @@
-//! The reader. Nothing that the file says is believed before it is compared with the bytes
-//! that remain, and nothing is allocated before that.
+//! The reader: a header's pairs and tensor table, checked, and the splits of a model.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::fmt;
 use std::fs::File;
-use std::io::{self, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::io::{BufReader, Read};
+use std::path::Path;
 
-use byteorder::{LittleEndian, ReadBytesExt};
 use indexmap::IndexMap;
 
-use super::value::ValueType;
+use super::source::{MAX_MEMORY, Place, Source};
 use super::{
-    Array, DEFAULT_ALIGNMENT, Error, Gguf, KEY_ALIGNMENT, MAGIC, MAX_DIMS, Metadata, TensorInfo,
-    Value, split, tensor_bytes,
+    DEFAULT_ALIGNMENT, Error, Gguf, KEY_ALIGNMENT, MAGIC, MAX_DIMS, Metadata, TensorInfo, split,
+    tensor_bytes,
 };
 use crate::quant::BlockType;
 
-/// Memory that the headers of one model may take. The largest vocabularies need a tenth.
-const MAX_MEMORY: u64 = 512 << 20;
-/// Arrays may lie in arrays this deep.
-const MAX_DEPTH: usize = 4;
 /// Least bytes of a pair: an empty key, a type, a value of one byte.
 const MIN_PAIR_BYTES: u64 = 8 + 4 + 1;
 /// Least bytes of a tensor's description: an empty name, one dimension.
@@ -30,8 +23,6 @@ const MIN_TENSOR_BYTES: u64 = 8 + 4 + 8 + 4 + 8;
 const PAIR_MEMORY: u64 = 128;
 /// Memory of a tensor's description, its name apart: entry, extents, index, order by offset.
 const TENSOR_MEMORY: u64 = 256;
-/// Longest key and tensor name.
-const MAX_NAME: u64 = 65535;
 /// Bounds of `general.alignment`.
 const ALIGNMENTS: std::ops::RangeInclusive<u32> = 8..=1 << 20;
 
@@ -39,21 +30,9 @@ const ALIGNMENTS: std::ops::RangeInclusive<u32> = 8..=1 << 20;
 pub fn read(path: &Path) -> Result<Gguf, Error> {
     split::check_is_first(path)?;
     let mut memory = MAX_MEMORY;
-    let first = open(path, 0, &mut memory)?;
-    let splits = split::others(path, &first.metadata)?;
-
-    let mut model = Gguf {
-        files: vec![path.to_owned()],
-        metadata: first.metadata,
-        tensors: Vec::new(),
-        index: HashMap::new(),
-    };
-    append(&mut model, first.tensors)?;
-    for (number, path) in splits
-        .into_iter()
-        .enumerate()
-        .map(|(i, path)| (i + 1, path))
-    {
+    let mut model = begin(path, open(path, 0, &mut memory)?)?;
+    for path in split::others(path, &model.metadata)? {
+        let number = model.files.len();
         let part = open(&path, number, &mut memory)?;
         split::check_member(number, &part.metadata, &model.metadata)?;
         model.files.push(path);
@@ -66,7 +45,11 @@ pub fn read(path: &Path) -> Result<Gguf, Error> {
 /// Reads a model that is one file from any reader of `len` bytes; `path` names it in errors.
 pub fn parse(input: impl Read, len: u64, path: &Path) -> Result<Gguf, Error> {
     let mut memory = MAX_MEMORY;
-    let part = parse_part(input, len, path, 0, &mut memory)?;
+    begin(path, parse_part(input, len, path, 0, &mut memory)?)
+}
+
+/// A model whose first file is `part`.
+fn begin(path: &Path, part: Part) -> Result<Gguf, Error> {
     let mut model = Gguf {
         files: vec![path.to_owned()],
         metadata: part.metadata,
@@ -113,29 +96,21 @@ struct Described {
 }
 
 fn open(path: &Path, number: usize, memory: &mut u64) -> Result<Part, Error> {
-    let io = |action| {
-        move |cause| Error::Io {
-            path: path.to_owned(),
-            action,
-            cause,
-        }
+    let failed = |cause| Error::Io {
+        path: path.to_owned(),
+        action: "open the file",
+        cause,
     };
-    let about = std::fs::metadata(path).map_err(io("open the file"))?;
-    if !about.is_file() {
+    // Asked before it is opened: opening a pipe waits for its writer.
+    if !std::fs::metadata(path).map_err(failed)?.is_file() {
         return Err(Error::NotGguf {
             path: path.to_owned(),
             reason: "is not a regular file; name a .gguf file".to_owned(),
         });
     }
-    let file = File::open(path).map_err(io("open the file"))?;
-    let len = file.metadata().map_err(io("open the file"))?.len();
-    parse_part(
-        BufReader::with_capacity(1 << 16, file),
-        len,
-        path,
-        number,
-        memory,
-    )
+    let file = File::open(path).map_err(failed)?;
+    let len = file.metadata().map_err(failed)?.len();
+    parse_part(BufReader::new(file), len, path, number, memory)
 }
 
 fn parse_part(
@@ -145,14 +120,7 @@ fn parse_part(
     file: usize,
     memory: &mut u64,
 ) -> Result<Part, Error> {
-    let mut source = Source {
-        input,
-        path,
-        len,
-        position: 0,
-        place: Place::Header,
-        memory,
-    };
+    let mut source = Source::new(input, len, path, memory);
     source.magic_and_version()?;
     let tensor_count = source.u64()?;
     let pair_count = source.u64()?;
@@ -163,48 +131,11 @@ fn parse_part(
     Ok(Part { metadata, tensors })
 }
 
-/// What is being read, for messages.
-enum Place {
-    Header,
-    PairNumber(u64),
-    Pair(String),
-    TensorNumber(u64),
-    Tensor(String),
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Header => f.write_str("header"),
-            Self::PairNumber(number) => write!(f, "metadata key number {number}"),
-            Self::Pair(key) => write!(f, "metadata key {key}"),
-            Self::TensorNumber(number) => write!(f, "tensor number {number}"),
-            Self::Tensor(name) => write!(f, "tensor {name}"),
-        }
-    }
-}
-
-/// A file on the way through its header.
-struct Source<'a, R> {
-    input: R,
-    path: &'a Path,
-    len: u64,
-    position: u64,
-    place: Place,
-    /// What may still be allocated.
-    memory: &'a mut u64,
-}
-
 impl<R: Read> Source<'_, R> {
     fn magic_and_version(&mut self) -> Result<(), Error> {
-        let mut magic = [0; 4];
-        let there = self.len.min(4) as usize;
-        self.position = there as u64;
-        self.input
-            .read_exact(&mut magic[..there])
-            .map_err(|e| self.io(e))?;
+        let magic = self.magic()?;
         if magic != MAGIC {
-            return Err(self.not_gguf(foreign(&magic[..there])));
+            return Err(self.not_gguf(foreign(&magic)));
         }
         match self.u32()? {
             2 | 3 => Ok(()),
@@ -238,133 +169,6 @@ impl<R: Read> Source<'_, R> {
         }
         self.place = Place::Header;
         Ok(Metadata::of_file(self.path, entries))
-    }
-
-    fn value_type(&mut self) -> Result<ValueType, Error> {
-        let start = self.position;
-        let id = self.u32()?;
-        ValueType::from_id(id).ok_or_else(|| {
-            self.malformed(
-                start,
-                format!("value type {id} does not exist (0 to 12 do)"),
-            )
-        })
-    }
-
-    fn value(&mut self, kind: ValueType) -> Result<Value, Error> {
-        self.claim(kind.min_bytes(), "the value")?;
-        let input = &mut self.input;
-        let value = match kind {
-            ValueType::U8 => input.read_u8().map(Value::U8),
-            ValueType::I8 => input.read_i8().map(Value::I8),
-            ValueType::U16 => input.read_u16::<LittleEndian>().map(Value::U16),
-            ValueType::I16 => input.read_i16::<LittleEndian>().map(Value::I16),
-            ValueType::U32 => input.read_u32::<LittleEndian>().map(Value::U32),
-            ValueType::I32 => input.read_i32::<LittleEndian>().map(Value::I32),
-            ValueType::F32 => input.read_f32::<LittleEndian>().map(Value::F32),
-            ValueType::U64 => input.read_u64::<LittleEndian>().map(Value::U64),
-            ValueType::I64 => input.read_i64::<LittleEndian>().map(Value::I64),
-            ValueType::F64 => input.read_f64::<LittleEndian>().map(Value::F64),
-            ValueType::Bool => {
-                let byte = input.read_u8().map_err(|e| self.io(e))?;
-                return Ok(Value::Bool(self.truth(byte, self.position - 1)?));
-            }
-            // Their length is read, and claimed, by themselves.
-            ValueType::String => {
-                self.position -= kind.min_bytes();
-                return Ok(Value::String(self.string(u64::MAX)?));
-            }
-            ValueType::Array => {
-                self.position -= kind.min_bytes();
-                return Ok(Value::Array(self.array(0)?));
-            }
-        };
-        value.map_err(|e| self.io(e))
-    }
-
-    fn array(&mut self, depth: usize) -> Result<Array, Error> {
-        let start = self.position;
-        let kind = self.value_type()?;
-        let count = self.u64()?;
-        self.need(count.saturating_mul(kind.min_bytes()), || {
-            format!("{}, an array of {count} elements,", self.place)
-        })?;
-        self.allocate(count.saturating_mul(kind.memory()))?;
-        let count = count as usize;
-
-        /// Reads numbers in bulk.
-        macro_rules! numbers {
-            ($variant:ident, $read:ident $(::<$order:ty>)?) => {{
-                let mut items = vec![Default::default(); count];
-                self.position += count as u64 * kind.min_bytes();
-                self.input.$read$(::<$order>)?(&mut items).map_err(|e| self.io(e))?;
-                Array::$variant(items)
-            }};
-        }
-        Ok(match kind {
-            ValueType::U8 => numbers!(U8, read_exact),
-            ValueType::I8 => numbers!(I8, read_i8_into),
-            ValueType::U16 => numbers!(U16, read_u16_into::<LittleEndian>),
-            ValueType::I16 => numbers!(I16, read_i16_into::<LittleEndian>),
-            ValueType::U32 => numbers!(U32, read_u32_into::<LittleEndian>),
-            ValueType::I32 => numbers!(I32, read_i32_into::<LittleEndian>),
-            ValueType::F32 => numbers!(F32, read_f32_into::<LittleEndian>),
-            ValueType::U64 => numbers!(U64, read_u64_into::<LittleEndian>),
-            ValueType::I64 => numbers!(I64, read_i64_into::<LittleEndian>),
-            ValueType::F64 => numbers!(F64, read_f64_into::<LittleEndian>),
-            ValueType::Bool => {
-                let first = self.position;
-                let bytes = self.bytes(count)?;
-                let items = bytes
-                    .iter()
-                    .zip(first..)
-                    .map(|(&byte, at)| self.truth(byte, at));
-                Array::Bool(items.collect::<Result<_, _>>()?)
-            }
-            ValueType::String => {
-                let mut items = Vec::with_capacity(count);
-                for _ in 0..count {
-                    items.push(self.string(u64::MAX)?);
-                }
-                Array::String(items)
-            }
-            ValueType::Array if depth + 1 >= MAX_DEPTH => {
-                return Err(self.malformed(
-                    start,
-                    format!("arrays lie more than {MAX_DEPTH} deep in each other"),
-                ));
-            }
-            ValueType::Array => {
-                let mut items = Vec::with_capacity(count);
-                for _ in 0..count {
-                    items.push(self.array(depth + 1)?);
-                }
-                Array::Array(items)
-            }
-        })
-    }
-
-    /// A key or a tensor's name.
-    fn name(&mut self) -> Result<String, Error> {
-        self.string(MAX_NAME)
-    }
-
-    fn string(&mut self, max: u64) -> Result<String, Error> {
-        let start = self.position;
-        let len = self.u64()?;
-        if len > max {
-            return Err(self.malformed(
-                start,
-                format!("a name of {len} bytes is too long (at most {max})"),
-            ));
-        }
-        self.need(len, || format!("{}, a string of {len} bytes,", self.place))?;
-        self.allocate(len)?;
-        let first = self.position;
-        String::from_utf8(self.bytes(len as usize)?).map_err(|e| {
-            let at = first + e.utf8_error().valid_up_to() as u64;
-            self.malformed(at, "a string is not UTF-8")
-        })
     }
 
     fn alignment(&self, metadata: &Metadata) -> Result<u64, Error> {
@@ -507,98 +311,6 @@ impl<R: Read> Source<'_, R> {
             }
         }
         Ok(())
-    }
-
-    fn u32(&mut self) -> Result<u32, Error> {
-        self.claim(4, "a number")?;
-        self.input
-            .read_u32::<LittleEndian>()
-            .map_err(|e| self.io(e))
-    }
-
-    fn u64(&mut self) -> Result<u64, Error> {
-        self.claim(8, "a number")?;
-        self.input
-            .read_u64::<LittleEndian>()
-            .map_err(|e| self.io(e))
-    }
-
-    /// The next `count` bytes, which were found to be there.
-    fn bytes(&mut self, count: usize) -> Result<Vec<u8>, Error> {
-        let mut bytes = vec![0; count];
-        self.position += count as u64;
-        self.input.read_exact(&mut bytes).map_err(|e| self.io(e))?;
-        Ok(bytes)
-    }
-
-    fn truth(&self, byte: u8, at: u64) -> Result<bool, Error> {
-        match byte {
-            0 => Ok(false),
-            1 => Ok(true),
-            _ => Err(self.malformed(at, format!("a bool is {byte}; 0 and 1 are possible"))),
-        }
-    }
-
-    /// Checks that `bytes` more bytes are there and steps over them.
-    fn claim(&mut self, bytes: u64, part: &str) -> Result<(), Error> {
-        self.need(bytes, || format!("{part} of the {}", self.place))?;
-        self.position += bytes;
-        Ok(())
-    }
-
-    /// Checks that `bytes` more bytes are there.
-    fn need(&self, bytes: u64, what: impl Fn() -> String) -> Result<(), Error> {
-        if bytes <= self.len - self.position {
-            return Ok(());
-        }
-        Err(Error::Truncated {
-            path: self.path.to_owned(),
-            offset: self.position,
-            what: what(),
-            needed: bytes,
-            len: self.len,
-        })
-    }
-
-    /// Takes `bytes` from what may be allocated.
-    fn allocate(&mut self, bytes: u64) -> Result<(), Error> {
-        match self.memory.checked_sub(bytes) {
-            Some(left) => {
-                *self.memory = left;
-                Ok(())
-            }
-            None => {
-                let limit = MAX_MEMORY >> 20;
-                Err(self.malformed(
-                    self.position,
-                    format!("the header would take more than {limit} MiB of memory"),
-                ))
-            }
-        }
-    }
-
-    fn malformed(&self, offset: u64, problem: impl Into<String>) -> Error {
-        Error::Malformed {
-            path: self.path.to_owned(),
-            offset,
-            what: self.place.to_string(),
-            problem: problem.into(),
-        }
-    }
-
-    fn not_gguf(&self, reason: impl Into<String>) -> Error {
-        Error::NotGguf {
-            path: PathBuf::from(self.path),
-            reason: reason.into(),
-        }
-    }
-
-    fn io(&self, cause: io::Error) -> Error {
-        Error::Io {
-            path: self.path.to_owned(),
-            action: "read the header",
-            cause,
-        }
     }
 }
 
