@@ -113,29 +113,28 @@ pub fn dequantize_row(kind: u32, bytes: &[u8]) -> Option<Vec<f32>> {
     Some(row)
 }
 
-/// Whether ggml's row functions were compiled to fused multiply-adds, which changes their bits.
+/// Whether ggml's row functions were compiled to fused multiply-adds, which changes what some
+/// blocks encode to. (Decoding has no product that a float does not hold exactly.)
 ///
 /// By default ggml is built for the architecture's baseline, on x86-64 without FMA. With
-/// `RUSTFLAGS=-Ctarget-cpu=native` it is built for this machine, and the C compiler may contract
+/// `RUSTFLAGS=-Ctarget-cpu=native` it is built for this machine, and the C compiler contracts
 /// `a * b + c`. Rows are equal to ours only where this is false.
 pub fn contracts_multiply_add() -> bool {
-    // A Q4_1 block decodes to q·d + m. With q = 15, d = 0.1 and m = 1000 (as halves), the exact
-    // product has more bits than the sum keeps after rounding the product first.
-    let d = 0x2e66u16; // 0.0999755859375
-    (0..64u16).any(|i| {
-        let m = 0x5c00 + 37 * i;
-        let mut block = [0xff; 20];
-        block[..2].copy_from_slice(&(d + i).to_le_bytes());
-        block[2..4].copy_from_slice(&m.to_le_bytes());
-        let weights = dequantize_row(sys::GGML_TYPE_Q4_1, &block).expect("Q4_1 decodes");
-        let (d, m) = (half(d + i), half(m));
-        weights[0] != 15.0 * d + m
-    })
-}
-
-/// Value of a normal, positive half.
-fn half(bits: u16) -> f32 {
-    f32::from_bits((u32::from(bits) << 13) + ((127 - 15) << 23))
+    // The level of a Q4_0 weight is ⌊x/d + 8.5⌋: here 1 if the quotient is rounded before the
+    // addition, and 0 if it is not.
+    let row = (0..1000)
+        .find_map(|i| {
+            let largest = -8.0 - i as f32 / 1024.0;
+            let d = largest / -8.0;
+            let inverse = 1.0 / d;
+            let x = -7.5 * d;
+            let differs = x * inverse + 8.5 == 1.0 && x.mul_add(inverse, 8.5) < 1.0;
+            differs.then(|| std::array::from_fn::<_, 32, _>(|j| if j == 0 { largest } else { x }))
+        })
+        .expect("one of a thousand quotients is rounded up");
+    let block = quantize_row(sys::GGML_TYPE_Q4_0, &row, None);
+    let last_level = block[17] >> 4;
+    last_level == 0
 }
 
 /// From now on llama.cpp and ggml print errors only.
