@@ -27,7 +27,7 @@ pub const TEMPLATE_KEY: &str = "tokenizer.chat_template";
 
 /// Work that one rendering may do (minijinja's unit, about an instruction or 64 bytes): a conversation of
 /// megabytes stays below, an endless template ends in a second.
-const FUEL: u64 = 50_000_000;
+const FUEL: u64 = 10_000_000;
 
 /// Unicode's noncharacters, of which one is the mark.
 const MARKS: std::ops::RangeInclusive<char> = '\u{FDD0}'..='\u{FDEF}';

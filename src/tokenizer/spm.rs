@@ -14,9 +14,10 @@
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BinaryHeap, HashMap};
+use std::ops::Range;
 
-use super::Error;
 use super::vocab::{TokenKind, Vocab, same_length};
+use super::{Error, SPACE};
 use crate::gguf::Metadata;
 
 #[derive(Debug)]
@@ -25,6 +26,9 @@ pub(super) struct SentencePiece {
     scores: Vec<f32>,
     /// The token of each byte; the unknown token where a byte has none.
     bytes: [u32; 256],
+    /// Whether no piece has a `▁` after another character. Then no merge reaches over the start of a word, and each word
+    /// can be merged by itself: the same ids from a queue that stays in the nearest cache.
+    words_stand_alone: bool,
 }
 
 /// A stretch of the text that is one piece so far; merged-away ones are empty.
@@ -101,7 +105,19 @@ impl SentencePiece {
                 metadata.error("tokenizer.ggml.tokens", problem)
             })?;
         }
-        Ok(SentencePiece { scores, bytes })
+        let joins_words = |id: u32| {
+            let mergeable = matches!(vocab.kind(id), TokenKind::Normal | TokenKind::Unused);
+            mergeable
+                && vocab
+                    .piece(id)
+                    .is_some_and(|piece| word_starts(piece).next().is_some())
+        };
+        let words_stand_alone = !(0..vocab.len() as u32).any(joins_words);
+        Ok(SentencePiece {
+            scores,
+            bytes,
+            words_stand_alone,
+        })
     }
 
     /// Appends the ids of `text`, whose spaces are `▁` already.
@@ -110,16 +126,18 @@ impl SentencePiece {
             model: self,
             vocab,
             text,
-            symbols: Vec::with_capacity(text.len()),
+            symbols: Vec::new(),
             queue: BinaryHeap::new(),
             parts: HashMap::new(),
         };
-        merge.run();
-        let mut at = 0;
-        while let Some(symbol) = merge.symbols.get(at) {
-            merge.write(&text[symbol.start..symbol.start + symbol.len], ids);
-            at = symbol.next;
+        let mut start = 0;
+        if self.words_stand_alone {
+            for end in word_starts(text) {
+                merge.encode(start..end, ids);
+                start = end;
+            }
         }
+        merge.encode(start..text.len(), ids);
     }
 
     /// The token of `piece` if text can become it; unused pieces are stations on the way to others.
@@ -128,6 +146,16 @@ impl SentencePiece {
             .id(piece)
             .filter(|&id| matches!(vocab.kind(id), TokenKind::Normal | TokenKind::Unused))
     }
+}
+
+/// Where a `▁` follows another character.
+fn word_starts(text: &str) -> impl Iterator<Item = usize> {
+    let chars = text.char_indices();
+    chars
+        .clone()
+        .zip(chars.skip(1))
+        .filter(|((_, before), (_, c))| *before != SPACE && *c == SPACE)
+        .map(|(_, (at, _))| at)
 }
 
 /// One text's merging.
@@ -142,11 +170,23 @@ struct Merge<'a> {
 }
 
 impl<'a> Merge<'a> {
-    fn run(&mut self) {
-        let count = self.text.chars().count();
-        for (at, (start, c)) in self.text.char_indices().enumerate() {
+    /// Appends the ids of a range of the text that no merge leaves.
+    fn encode(&mut self, range: Range<usize>, ids: &mut Vec<u32>) {
+        self.merge(range);
+        let mut at = 0;
+        while let Some(symbol) = self.symbols.get(at) {
+            self.write(&self.text[symbol.start..symbol.start + symbol.len], ids);
+            at = symbol.next;
+        }
+    }
+
+    fn merge(&mut self, range: Range<usize>) {
+        let text = &self.text[range.clone()];
+        let count = text.chars().count();
+        self.symbols.clear();
+        for (at, (start, c)) in text.char_indices().enumerate() {
             self.symbols.push(Symbol {
-                start,
+                start: range.start + start,
                 len: c.len_utf8(),
                 prev: at.wrapping_sub(1), // of the first: NONE
                 next: if at + 1 < count { at + 1 } else { NONE },
