@@ -77,8 +77,7 @@ fn best_score_is_merged_first_and_the_leftmost_of_equals() {
     assert_eq!(split(""), "");
     // A piece that reaches over a space is found as well.
     let tokenizer =
-        Tokenizer::from_metadata(&sentencepiece(&[&spaces[..], &[("c▁", -0.5)]].concat()))
-            .unwrap();
+        Tokenizer::from_metadata(&sentencepiece(&[&spaces[..], &[("c▁", -0.5)]].concat())).unwrap();
     let split = |text: &str| pieces(&tokenizer, &tokenizer.encode(text, false).unwrap()).join(" ");
     assert_eq!(split("bc ab"), "▁ b c▁ ab");
 }
