@@ -39,6 +39,7 @@ struct Theirs(*mut sys::llama_model);
 impl Theirs {
     fn open(path: &Path) -> Theirs {
         let path = CString::new(path.to_str().unwrap()).unwrap();
+        ggml_sys_bindings::log_errors_only();
         // SAFETY: plain calls with a valid string; the model is checked and freed on drop.
         let model = unsafe {
             sys::llama_backend_init();
