@@ -62,8 +62,8 @@ pub struct Tokenizer {
 
 #[derive(Debug)]
 enum Model {
-    SentencePiece(SentencePiece),
-    ByteLevel(ByteLevel),
+    SentencePiece(Box<SentencePiece>),
+    ByteLevel(Box<ByteLevel>),
 }
 
 /// A piece of a text on its way to ids.
@@ -145,13 +145,13 @@ impl Tokenizer {
         let vocab = Vocab::from_metadata(metadata, sentencepiece)?;
         let (model, adds_bos) = if sentencepiece {
             (
-                Model::SentencePiece(SentencePiece::from_metadata(metadata, &vocab)?),
+                Model::SentencePiece(Box::new(SentencePiece::from_metadata(metadata, &vocab)?)),
                 true,
             )
         } else {
             let model = ByteLevel::from_metadata(metadata, &vocab)?;
             let adds_bos = model.adds_bos();
-            (Model::ByteLevel(model), adds_bos)
+            (Model::ByteLevel(Box::new(model)), adds_bos)
         };
 
         // Without the keys, a SentencePiece vocabulary has the ids that SentencePiece gives by default.
