@@ -16,8 +16,8 @@
 //! the tables of IQ4) come with their sign, which is moved over to the activation:
 //! `|code| ≤ 128`, and `2 · 128 · 127 = 32512` still fits, as activations keep to −127..=127.
 //!
-//! Four rows are dotted at a time, so that four chains of additions overlap. Each row has its own
-//! accumulators and the same operations in the same order as it has alone.
+//! A row has several accumulators, so that chains of additions overlap; which block or stripe
+//! goes to which is fixed.
 
 use std::arch::x86_64::*;
 
@@ -25,7 +25,7 @@ use half::f16;
 
 use super::activations::{SCALE_LEN, SUM_LEN, inverse_scale};
 use super::scalar::decode_pieces;
-use super::x86::{self, SuperBlock, by_fours, entry, half_bits};
+use super::x86::{SuperBlock, as_blocks, broadcast_f16, each_row, entry, load_16};
 use super::{Activation, DotRows, Kernels};
 use crate::quant::{
     BF16, Block, BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1,
@@ -91,148 +91,122 @@ trait Codes: Block {
     unsafe fn codes(&self, stripe: usize) -> __m256i;
 }
 
-/// A block of 32 weights with a scale and, perhaps, a minimum.
+/// A block of 32 weights with a scale and, perhaps, a minimum, each given in all lanes.
 trait SmallBlock: Codes {
     /// Whether there is a minimum.
     const MINIMUM: bool = false;
 
-    /// Scale and minimum: `weight = scale · code − minimum`.
+    /// `weight = scale · code − minimum`.
     ///
     /// # Safety
-    /// The CPU has F16C.
-    unsafe fn scale_and_minimum(&self) -> (f32, f32);
+    /// The CPU has AVX2 and F16C.
+    unsafe fn scale(&self) -> __m256;
+
+    /// The minimum's negative.
+    ///
+    /// # Safety
+    /// The CPU has AVX2 and F16C.
+    unsafe fn offset(&self) -> __m256 {
+        bytemuck::Zeroable::zeroed()
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dot_blocks<B: SmallBlock>(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
-    by_fours::<B>(
-        rows,
-        out,
-        |rows| small_blocks(rows, x),
-        |rows| small_blocks(rows, x),
-    );
+    each_row::<B>(rows, out, |row| small_blocks(row, x));
 }
 
-/// Dots `R` rows of small blocks with one activation.
+/// Dots a row of small blocks with an activation.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn small_blocks<B: SmallBlock, const R: usize>(rows: [&[B]; R], x: Activation<'_>) -> [f32; R] {
-    let mut acc = [_mm256_setzero_ps(); R];
-    let mut minima = [0.0f32; R];
+fn small_blocks<B: SmallBlock>(row: &[B], x: Activation<'_>) -> f32 {
+    let mut acc = [_mm256_setzero_ps(); 2];
     let (q, _) = x.q.as_chunks::<SCALE_LEN>();
     let (sums, _) = x.sums.as_chunks::<2>();
-    let rows = rows.map(|row| &row[..q.len()]);
-    for (i, ((q, sums), &s)) in q.iter().zip(sums).zip(x.scales).enumerate() {
+    for (((block, q), sums), &s) in row.iter().zip(q).zip(sums).zip(x.scales) {
         let q = load_i8(q);
-        let start = offset_products::<B>(q);
-        let s_sum = s * (f32::from(sums[0]) + f32::from(sums[1]));
-        for r in 0..R {
-            let block = &rows[r][i];
+        // SAFETY: this function has the features.
+        let (codes, scale) = unsafe { (block.codes(0), block.scale()) };
+        let dot = dot_codes::<B>(codes, q);
+        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(s));
+        // Blocks take turns at the accumulators.
+        acc = [acc[1], _mm256_fmadd_ps(dot, scale, acc[0])];
+        if B::MINIMUM {
+            // In lane 0 alone: a minimum counts once.
+            let s_sum = _mm_set_ss(s * (f32::from(sums[0]) + f32::from(sums[1])));
             // SAFETY: this function has the features.
-            let (codes, (scale, minimum)) = unsafe { (block.codes(0), block.scale_and_minimum()) };
-            let dot = dot_codes::<B>(codes, q, start);
-            acc[r] = _mm256_fmadd_ps(dot, _mm256_set1_ps(scale * s), acc[r]);
-            if B::MINIMUM {
-                minima[r] = minimum.mul_add(s_sum, minima[r]);
-            }
+            let offset = unsafe { block.offset() };
+            acc[1] = _mm256_fmadd_ps(offset, _mm256_zextps128_ps256(s_sum), acc[1]);
         }
     }
-    std::array::from_fn(|r| sum_lanes(acc[r]) - minima[r])
+    sum_lanes(_mm256_add_ps(acc[0], acc[1]))
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dot_super_blocks<B: Codes + SuperBlock>(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
-    by_fours::<B>(
-        rows,
-        out,
-        |rows| super_blocks(rows, x),
-        |rows| super_blocks(rows, x),
-    );
+    each_row::<B>(rows, out, |row| super_blocks(row, x));
 }
 
-/// Dots `R` rows of super-blocks with one activation.
+/// Dots a row of super-blocks with an activation.
 ///
 /// A super-block's 16 scales, one for 16 columns, are made in two registers, times those of
 /// the activations. The 8 lanes of a stripe's dot product take one for each 4 lanes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn super_blocks<B: Codes + SuperBlock, const R: usize>(
-    rows: [&[B]; R],
-    x: Activation<'_>,
-) -> [f32; R] {
-    let mut acc = [_mm256_setzero_ps(); R];
+fn super_blocks<B: Codes + SuperBlock>(row: &[B], x: Activation<'_>) -> f32 {
+    let mut acc = [_mm256_setzero_ps(); 4];
     let (q, _) = x.q.as_chunks::<256>();
     let (scales, _) = x.scales.as_chunks::<8>();
     let (sums, _) = x.sums.as_chunks::<16>();
-    let rows = rows.map(|row| &row[..q.len()]);
-    for (i, ((q, s), sums)) in q.iter().zip(scales).zip(sums).enumerate() {
+    let each_four = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    for (((block, q), s), sums) in row.iter().zip(q).zip(scales).zip(sums) {
         let (q, _) = q.as_chunks::<32>();
         let s = twice_each(load_f32(s));
-        let s_sums = if B::MINIMA {
+        // SAFETY: this function has the features.
+        let (scales, minima) = unsafe { block.scales_and_minima() };
+        let scales = in_units(broadcast_f16(block.d()), scales);
+        let scales = [
+            _mm256_mul_ps(scales[0], s[0]),
+            _mm256_mul_ps(scales[1], s[1]),
+        ];
+        for j in 0..8 {
+            // SAFETY: this function has the features.
+            let codes = unsafe { block.codes(j) };
+            let dot = dot_codes::<B>(codes, load_i8(&q[j]));
+            let lanes = _mm256_add_epi32(each_four, _mm256_set1_epi32(j as i32 % 4 * 2));
+            let scale = _mm256_permutevar8x32_ps(scales[j / 4], lanes);
+            acc[j % 4] = _mm256_fmadd_ps(dot, scale, acc[j % 4]);
+        }
+        if B::MINIMA {
             let sums = load_i16(sums);
             let low = _mm256_cvtepi16_epi32(_mm256_castsi256_si128(sums));
             let high = _mm256_cvtepi16_epi32(_mm256_extracti128_si256::<1>(sums));
-            [
+            let s_sums = [
                 _mm256_mul_ps(_mm256_cvtepi32_ps(low), s[0]),
                 _mm256_mul_ps(_mm256_cvtepi32_ps(high), s[1]),
-            ]
-        } else {
-            s
-        };
-        for r in 0..R {
-            let block = &rows[r][i];
-            let d = x86::broadcast_f16(block.d());
-            // SAFETY: this function has the features.
-            let (scales, minima) = unsafe { block.scales_and_minima() };
-            let scales = in_units(d, scales);
-            let scales = [
-                _mm256_mul_ps(scales[0], s[0]),
-                _mm256_mul_ps(scales[1], s[1]),
             ];
-            for j in 0..8 {
-                // SAFETY: this function has the features.
-                let codes = unsafe { block.codes(j) };
-                let q = load_i8(&q[j]);
-                let dot = dot_codes::<B>(codes, q, offset_products::<B>(q));
-                let pair = j as i32 % 4 * 2;
-                let lanes = _mm256_add_epi32(
-                    _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1),
-                    _mm256_set1_epi32(pair),
-                );
-                let scale = _mm256_permutevar8x32_ps(scales[j / 4], lanes);
-                acc[r] = _mm256_fmadd_ps(dot, scale, acc[r]);
-            }
-            if B::MINIMA {
-                let minima = in_units(x86::broadcast_f16(block.dmin()), minima);
-                acc[r] = _mm256_fnmadd_ps(minima[0], s_sums[0], acc[r]);
-                acc[r] = _mm256_fnmadd_ps(minima[1], s_sums[1], acc[r]);
-            }
+            let minima = in_units(broadcast_f16(block.dmin()), minima);
+            acc[0] = _mm256_fnmadd_ps(minima[0], s_sums[0], acc[0]);
+            acc[1] = _mm256_fnmadd_ps(minima[1], s_sums[1], acc[1]);
         }
     }
-    std::array::from_fn(|r| sum_lanes(acc[r]))
-}
-
-/// `offset · q`, pairs added: what is to be taken off the products of codes without a sign.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn offset_products<B: Codes>(q: __m256i) -> __m256i {
-    match B::OFFSET {
-        None | Some(0) => _mm256_setzero_si256(),
-        Some(offset) => _mm256_maddubs_epi16(_mm256_set1_epi8(offset), q),
-    }
+    sum_four(acc)
 }
 
 /// The dot product of 32 codes in 8 lanes of 4 columns each, as f32 (exact).
 #[inline]
 #[target_feature(enable = "avx2")]
-fn dot_codes<B: Codes>(codes: __m256i, q: __m256i, offset_products: __m256i) -> __m256 {
+fn dot_codes<B: Codes>(codes: __m256i, q: __m256i) -> __m256 {
     let pairs = match B::OFFSET {
         None => {
             let magnitudes = _mm256_sign_epi8(codes, codes);
             _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(q, codes))
         }
         Some(0) => _mm256_maddubs_epi16(codes, q),
-        Some(_) => _mm256_sub_epi16(_mm256_maddubs_epi16(codes, q), offset_products),
+        Some(offset) => _mm256_sub_epi16(
+            _mm256_maddubs_epi16(codes, q),
+            _mm256_maddubs_epi16(_mm256_set1_epi8(offset), q),
+        ),
     };
     _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
@@ -268,6 +242,13 @@ fn sum_lanes(v: __m256) -> f32 {
     _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
 }
 
+/// The sum of all lanes of four registers.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sum_four([a, b, c, d]: [__m256; 4]) -> f32 {
+    sum_lanes(_mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d)))
+}
+
 macro_rules! load {
     ($($name:ident: $from:ty => $to:ty, $intrinsic:ident;)*) => {$(
         #[inline]
@@ -292,7 +273,7 @@ load! {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn nibbles(qs: &[u8; 16]) -> __m256i {
-    let qs = x86::load_16(qs);
+    let qs = load_16(qs);
     let both = _mm256_set_m128i(_mm_srli_epi16::<4>(qs), qs);
     _mm256_and_si256(both, _mm256_set1_epi8(15))
 }
@@ -319,7 +300,7 @@ fn fifth_bits(qh: [u8; 4]) -> __m256i {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn look_up(table: &[i8; 16], levels: __m256i) -> __m256i {
-    let table = x86::load_16(bytemuck::cast_ref(table));
+    let table = load_16(bytemuck::cast_ref(table));
     _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), levels)
 }
 
@@ -383,34 +364,37 @@ codes! {
 }
 
 macro_rules! small_block {
-    ($($block:ty, $has:literal, |$b:ident| $scale:expr, $minimum:expr;)*) => {$(
+    ($($block:ty, |$b:ident| $scale:expr $(, offset $offset:expr)?;)*) => {$(
         impl SmallBlock for $block {
-            const MINIMUM: bool = $has;
-
             #[inline]
-            #[target_feature(enable = "f16c")]
-            unsafe fn scale_and_minimum(&self) -> (f32, f32) {
+            #[target_feature(enable = "avx2,f16c")]
+            unsafe fn scale(&self) -> __m256 {
                 let $b = self;
-                ($scale, $minimum)
+                $scale
             }
+
+            $(
+                const MINIMUM: bool = true;
+
+                #[inline]
+                #[target_feature(enable = "avx2,f16c")]
+                unsafe fn offset(&self) -> __m256 {
+                    let $b = self;
+                    $offset
+                }
+            )?
         }
     )*};
 }
 
 small_block! {
-    BlockQ4_0, false, |b| f16_to_f32(b.d), 0.0;
-    BlockQ4_1, true, |b| f16_to_f32(b.d), -f16_to_f32(b.m);
-    BlockQ5_0, false, |b| f16_to_f32(b.d), 0.0;
-    BlockQ5_1, true, |b| f16_to_f32(b.d), -f16_to_f32(b.m);
-    BlockQ8_0, false, |b| f16_to_f32(b.d), 0.0;
-    BlockIQ4NL, false, |b| f16_to_f32(b.d), 0.0;
-    BlockMXFP4, false, |b| b.scale(), 0.0;
-}
-
-#[inline]
-#[target_feature(enable = "f16c")]
-fn f16_to_f32(half: F16) -> f32 {
-    _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(half_bits(half)))))
+    BlockQ4_0, |b| broadcast_f16(b.d);
+    BlockQ4_1, |b| broadcast_f16(b.d), offset broadcast_f16(b.m);
+    BlockQ5_0, |b| broadcast_f16(b.d);
+    BlockQ5_1, |b| broadcast_f16(b.d), offset broadcast_f16(b.m);
+    BlockQ8_0, |b| broadcast_f16(b.d);
+    BlockIQ4NL, |b| broadcast_f16(b.d);
+    BlockMXFP4, |b| _mm256_set1_ps(b.scale());
 }
 
 // Floats.
@@ -442,7 +426,7 @@ impl Float for F16 {
     #[inline]
     #[target_feature(enable = "avx2,f16c")]
     unsafe fn widen(eight: &[Self; 8]) -> __m256 {
-        _mm256_cvtph_ps(x86::load_16(bytemuck::cast_ref(eight)))
+        _mm256_cvtph_ps(load_16(bytemuck::cast_ref(eight)))
     }
 }
 
@@ -450,7 +434,7 @@ impl Float for BF16 {
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn widen(eight: &[Self; 8]) -> __m256 {
-        let wide = _mm256_cvtepu16_epi32(x86::load_16(bytemuck::cast_ref(eight)));
+        let wide = _mm256_cvtepu16_epi32(load_16(bytemuck::cast_ref(eight)));
         _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
     }
 }
@@ -496,8 +480,7 @@ impl FloatSum {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn sum(self) -> f32 {
-        let [a, b, c, d] = self.0;
-        sum_lanes(_mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d)))
+        sum_four(self.0)
     }
 }
 
@@ -529,7 +512,7 @@ pub(super) fn dot_f16(x: &[f32], y: &[f16]) -> f32 {
         sum.sum()
     }
     // SAFETY: the table is only handed out where the CPU has the features.
-    unsafe { inner(x, x86::as_blocks(y)) }
+    unsafe { inner(x, as_blocks(y)) }
 }
 
 /// See [`Kernels::axpy_f16`].
@@ -544,11 +527,11 @@ pub(super) fn axpy_f16(a: f32, y: &[f16], acc: &mut [f32]) {
             store_f32(acc, _mm256_fmadd_ps(wide_a, y, load_f32(acc)));
         }
         for (y, acc) in y_rest.iter().zip(acc_rest) {
-            *acc = a.mul_add(f16_to_f32(*y), *acc);
+            *acc = a.mul_add(_mm256_cvtss_f32(broadcast_f16(*y)), *acc);
         }
     }
     // SAFETY: the table is only handed out where the CPU has the features.
-    unsafe { inner(a, x86::as_blocks(y), acc) }
+    unsafe { inner(a, as_blocks(y), acc) }
 }
 
 #[inline]

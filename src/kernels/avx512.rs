@@ -7,8 +7,7 @@
 //! ```
 //!
 //! `vpdpbusd` wants one side without a sign and cannot saturate: all weights are taken without
-//! one, too large by an offset, and the offset's share is taken off where the sum starts. That
-//! start depends on the activations only and serves all rows that are dotted together.
+//! one, too large by an offset, and the offset's share is taken off where the sum starts.
 //!
 //! Small blocks come in pairs. The last block of a row with an odd number of them is paired with
 //! a block of zeros that meets activations of zero.
@@ -19,7 +18,7 @@ use std::arch::x86_64::*;
 
 use bytemuck::Zeroable;
 
-use super::x86::{SuperBlock, by_fours, entry, half_bits, load_16};
+use super::x86::{SuperBlock, each_row, entry, half_bits, load_16};
 use super::{Activation, DotRows, Kernels, avx2};
 use crate::quant::{
     Block, BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
@@ -76,19 +75,19 @@ trait Pair: Block {
     ///
     /// # Safety
     /// The CPU has AVX-512 F, BW and VL.
-    unsafe fn codes(pair: [&Self; 2]) -> __m512i;
+    unsafe fn codes(pair: &[Self; 2]) -> __m512i;
 
     /// The two scales, in lanes 0 and 1.
     ///
     /// # Safety
     /// The CPU has F16C.
-    unsafe fn scales(pair: [&Self; 2]) -> __m128;
+    unsafe fn scales(pair: &[Self; 2]) -> __m128;
 
-    /// The two minima, in lanes 0 and 1.
+    /// The two minima's negatives, in lanes 0 and 1, the others being 0.
     ///
     /// # Safety
     /// The CPU has F16C.
-    unsafe fn minima(_pair: [&Self; 2]) -> __m128 {
+    unsafe fn offsets(_pair: &[Self; 2]) -> __m128 {
         __m128::zeroed()
     }
 }
@@ -107,125 +106,103 @@ trait Quarters: SuperBlock {
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 fn dot_blocks<B: Pair>(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
-    by_fours::<B>(rows, out, |rows| pairs(rows, x), |rows| pairs(rows, x));
+    each_row::<B>(rows, out, |row| pairs(row, x));
 }
 
-/// Dots `R` rows of small blocks with one activation.
+/// Dots a row of small blocks with an activation.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-fn pairs<B: Pair, const R: usize>(rows: [&[B]; R], x: Activation<'_>) -> [f32; R] {
-    let mut sums = PairSums {
-        dots: [_mm512_setzero_ps(); R],
-        minima: [_mm_setzero_ps(); R],
-    };
+fn pairs<B: Pair>(row: &[B], x: Activation<'_>) -> f32 {
+    let mut acc = [_mm512_setzero_ps(); 2];
+    let (row, row_rest) = row.as_chunks::<2>();
     let (q, q_rest) = x.q.as_chunks::<64>();
     let (s, s_rest) = x.scales.as_chunks::<2>();
-    let (sum, sum_rest) = x.sums.as_chunks::<4>();
-    let rows = rows.map(|row| &row[..x.scales.len()]);
-    for (i, ((q, s), sum)) in q.iter().zip(s).zip(sum).enumerate() {
-        sums.add(rows.map(|row| [&row[2 * i], &row[2 * i + 1]]), q, s, sum);
+    let (sums, sums_rest) = x.sums.as_chunks::<4>();
+    for (((pair, q), s), sums) in row.iter().zip(q).zip(s).zip(sums) {
+        // Pairs take turns at the accumulators.
+        acc = [acc[1], add_pair(acc[0], pair, q, s, sums)];
     }
-    if let [s] = s_rest {
-        let (mut q, mut sum) = ([0; 64], [0; 4]);
+    if let ([block], [s]) = (row_rest, s_rest) {
+        let (mut q, mut sums) = ([0; 64], [0; 4]);
         q[..32].copy_from_slice(q_rest);
-        sum[..2].copy_from_slice(sum_rest);
-        let nothing = B::zeroed();
-        let last = rows.map(|row| [&row[row.len() - 1], &nothing]);
-        sums.add(last, &q, &[*s, 0.0], &sum);
+        sums[..2].copy_from_slice(sums_rest);
+        acc[0] = add_pair(acc[0], &[*block, B::zeroed()], &q, &[*s, 0.0], &sums);
     }
-    std::array::from_fn(|r| {
-        let [a, b] = lower_two(sums.minima[r]);
-        _mm512_reduce_add_ps(sums.dots[r]) - (a + b)
-    })
+    _mm512_reduce_add_ps(_mm512_add_ps(acc[0], acc[1]))
 }
 
-/// What `R` rows of small blocks have summed up.
-struct PairSums<const R: usize> {
-    dots: [__m512; R],
-    minima: [__m128; R],
-}
-
-impl<const R: usize> PairSums<R> {
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-    fn add<B: Pair>(&mut self, rows: [[&B; 2]; R], q: &[i8; 64], s: &[f32; 2], sums: &[i16; 4]) {
-        let q = load_i8(q);
-        let start = start_of_sums(B::OFFSET, q);
-        let s = _mm_castsi128_ps(_mm_cvtsi64_si128(bytemuck::cast(*s)));
-        let s_sums = if B::MINIMUM {
-            let halves = _mm_cvtsi64_si128(bytemuck::cast(*sums));
-            let whole = _mm_madd_epi16(halves, _mm_set1_epi16(1));
-            _mm_mul_ps(_mm_cvtepi32_ps(whole), s)
-        } else {
-            s
-        };
-        let each_eight = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-        for (r, &pair) in rows.iter().enumerate() {
-            // SAFETY: this function has the features.
-            let (codes, scales) = unsafe { (B::codes(pair), B::scales(pair)) };
-            let scales = _mm512_castps128_ps512(_mm_mul_ps(scales, s));
-            let scales = _mm512_permutexvar_ps(each_eight, scales);
-            let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, codes, q));
-            self.dots[r] = _mm512_fmadd_ps(dot, scales, self.dots[r]);
-            if B::MINIMUM {
-                // SAFETY: this function has the features.
-                let minima = unsafe { B::minima(pair) };
-                self.minima[r] = _mm_fmadd_ps(minima, s_sums, self.minima[r]);
-            }
-        }
+/// Adds the dot product of a pair.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+fn add_pair<B: Pair>(
+    acc: __m512,
+    pair: &[B; 2],
+    q: &[i8; 64],
+    s: &[f32; 2],
+    sums: &[i16; 4],
+) -> __m512 {
+    let q = load_i8(q);
+    // SAFETY: this function has the features.
+    let (codes, scales) = unsafe { (B::codes(pair), B::scales(pair)) };
+    let s = _mm_castsi128_ps(_mm_cvtsi64_si128(bytemuck::cast(*s)));
+    let scales = _mm512_castps128_ps512(_mm_mul_ps(scales, s));
+    let each_eight = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    let scales = _mm512_permutexvar_ps(each_eight, scales);
+    let dot = _mm512_dpbusd_epi32(start_of_sums(B::OFFSET, q), codes, q);
+    let acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scales, acc);
+    if !B::MINIMUM {
+        return acc;
     }
+    // The sums of a block's codes, in lanes 0 and 1, the others being 0.
+    let sums = _mm_cvtsi64_si128(bytemuck::cast(*sums));
+    let sums = _mm_cvtepi32_ps(_mm_madd_epi16(sums, _mm_set1_epi16(1)));
+    // SAFETY: this function has the features.
+    let offsets = unsafe { B::offsets(pair) };
+    let s_sums = _mm512_zextps128_ps512(_mm_mul_ps(sums, s));
+    _mm512_fmadd_ps(_mm512_zextps128_ps512(offsets), s_sums, acc)
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 fn dot_super_blocks<B: Quarters>(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
-    by_fours::<B>(
-        rows,
-        out,
-        |rows| super_blocks(rows, x),
-        |rows| super_blocks(rows, x),
-    );
+    each_row::<B>(rows, out, |row| super_blocks(row, x));
 }
 
-/// Dots `R` rows of super-blocks with one activation.
+/// Dots a row of super-blocks with an activation.
 ///
 /// A super-block's 16 scales, one for 16 columns, are made in one register, times those of the
 /// activations. The 16 lanes of a quarter's dot product take one for each 4 lanes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-fn super_blocks<B: Quarters, const R: usize>(rows: [&[B]; R], x: Activation<'_>) -> [f32; R] {
-    let mut acc = [_mm512_setzero_ps(); R];
+fn super_blocks<B: Quarters>(row: &[B], x: Activation<'_>) -> f32 {
+    let mut acc = [_mm512_setzero_ps(); 4];
     let (q, _) = x.q.as_chunks::<256>();
     let (scales, _) = x.scales.as_chunks::<8>();
     let (sums, _) = x.sums.as_chunks::<16>();
-    let rows = rows.map(|row| &row[..q.len()]);
     let each_twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     let each_four = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    for (i, ((q, s), sums)) in q.iter().zip(scales).zip(sums).enumerate() {
+    for (((block, q), s), sums) in row.iter().zip(q).zip(scales).zip(sums) {
         let (q, _) = q.as_chunks::<64>();
-        let q: [__m512i; 4] = std::array::from_fn(|k| load_i8(&q[k]));
-        let start = q.map(|q| start_of_sums(B::OFFSET, q));
         let s = _mm512_permutexvar_ps(each_twice, _mm512_castps256_ps512(load_f32(s)));
-        let s_sums = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(load_i16(sums)));
-        let s_sums = _mm512_mul_ps(s_sums, s);
-        for r in 0..R {
-            let block = &rows[r][i];
+        // SAFETY: this function has the features.
+        let (scales, minima) = unsafe { block.scales_and_minima() };
+        let scales = _mm512_mul_ps(in_units(block.d(), scales), s);
+        for k in 0..4 {
+            let q = load_i8(&q[k]);
             // SAFETY: this function has the features.
-            let (scales, minima) = unsafe { block.scales_and_minima() };
-            let scales = _mm512_mul_ps(in_units(block.d(), scales), s);
-            for k in 0..4 {
-                // SAFETY: this function has the features.
-                let codes = unsafe { block.codes(k) };
-                let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start[k], codes, q[k]));
-                let lanes = _mm512_add_epi32(each_four, _mm512_set1_epi32(4 * k as i32));
-                acc[r] = _mm512_fmadd_ps(dot, _mm512_permutexvar_ps(lanes, scales), acc[r]);
-            }
-            if B::MINIMA {
-                let minima = in_units(block.dmin(), minima);
-                acc[r] = _mm512_fnmadd_ps(minima, s_sums, acc[r]);
-            }
+            let codes = unsafe { block.codes(k) };
+            let dot = _mm512_dpbusd_epi32(start_of_sums(B::OFFSET, q), codes, q);
+            let lanes = _mm512_add_epi32(each_four, _mm512_set1_epi32(4 * k as i32));
+            let scale = _mm512_permutexvar_ps(lanes, scales);
+            acc[k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, acc[k]);
+        }
+        if B::MINIMA {
+            let sums = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(load_i16(sums)));
+            let minima = in_units(block.dmin(), minima);
+            acc[0] = _mm512_fnmadd_ps(minima, _mm512_mul_ps(sums, s), acc[0]);
         }
     }
-    acc.map(|acc| _mm512_reduce_add_ps(acc))
+    let [a, b, c, d] = acc;
+    _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
 }
 
 /// Where the sums of products start, so that codes may be too large: `−offset · Σ q` over the
@@ -247,12 +224,6 @@ fn start_of_sums(offset: u8, q: __m512i) -> __m512i {
 fn in_units(unit: F16, bytes: __m128i) -> __m512 {
     let unit = _mm512_cvtph_ps(_mm256_set1_epi16(half_bits(unit) as i16));
     _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), unit)
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn lower_two(v: __m128) -> [f32; 2] {
-    [_mm_cvtss_f32(v), _mm_cvtss_f32(_mm_movehdup_ps(v))]
 }
 
 macro_rules! load {
@@ -368,19 +339,19 @@ fn two_halves(a: F16, b: F16) -> __m128 {
 
 macro_rules! pair {
     ($($block:ty, $offset:literal, |$a:ident, $b:ident| $codes:expr, $scales:expr
-        $(, minima $minima:expr)?;)*) => {$(
+        $(, offsets $offsets:expr)?;)*) => {$(
         impl Pair for $block {
             const OFFSET: u8 = $offset;
 
             #[inline]
             #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl")]
-            unsafe fn codes([$a, $b]: [&Self; 2]) -> __m512i {
+            unsafe fn codes([$a, $b]: &[Self; 2]) -> __m512i {
                 $codes
             }
 
             #[inline]
             #[target_feature(enable = "f16c")]
-            unsafe fn scales([$a, $b]: [&Self; 2]) -> __m128 {
+            unsafe fn scales([$a, $b]: &[Self; 2]) -> __m128 {
                 $scales
             }
 
@@ -389,8 +360,8 @@ macro_rules! pair {
 
                 #[inline]
                 #[target_feature(enable = "f16c")]
-                unsafe fn minima([$a, $b]: [&Self; 2]) -> __m128 {
-                    $minima
+                unsafe fn offsets([$a, $b]: &[Self; 2]) -> __m128 {
+                    $offsets
                 }
             )?
         }
@@ -400,21 +371,15 @@ macro_rules! pair {
 pair! {
     BlockQ4_0, 8, |a, b| nibbles(&a.qs, &b.qs), two_halves(a.d, b.d);
     BlockQ4_1, 0, |a, b| nibbles(&a.qs, &b.qs), two_halves(a.d, b.d),
-        minima negated(two_halves(a.m, b.m));
+        offsets two_halves(a.m, b.m);
     BlockQ5_0, 16, |a, b| with_fifth_bits(nibbles(&a.qs, &b.qs), a.qh, b.qh),
         two_halves(a.d, b.d);
     BlockQ5_1, 0, |a, b| with_fifth_bits(nibbles(&a.qs, &b.qs), a.qh, b.qh),
-        two_halves(a.d, b.d), minima negated(two_halves(a.m, b.m));
+        two_halves(a.d, b.d), offsets two_halves(a.m, b.m);
     BlockQ8_0, 128, |a, b| eight_bits(&a.qs, &b.qs), two_halves(a.d, b.d);
     BlockIQ4NL, 128, |a, b| look_up(&IQ4, nibbles(&a.qs, &b.qs)), two_halves(a.d, b.d);
     BlockMXFP4, 128, |a, b| look_up(&MXFP4, nibbles(&a.qs, &b.qs)),
         _mm_setr_ps(a.scale(), b.scale(), 0.0, 0.0);
-}
-
-#[inline]
-#[target_feature(enable = "f16c")]
-fn negated(v: __m128) -> __m128 {
-    _mm_xor_ps(v, _mm_set1_ps(-0.0))
 }
 
 /// Signed codes of two blocks, each plus 128.

@@ -17,23 +17,13 @@ macro_rules! entry {
 }
 pub(super) use entry;
 
-/// Calls `dot` with four rows at a time, then with the rest one by one. `dot` gives a row the
-/// same bits in either company.
+/// `out[r] = dot(row r)`, one row after the other. (Several rows at a time would share a few
+/// operations on the activation; but the CPU's prefetchers follow one long stream of bytes, and
+/// lose their way among several short ones.)
 #[inline(always)]
-pub(super) fn by_fours<B: Block>(
-    rows: Rows<'_>,
-    out: &mut [f32],
-    four: impl Fn([&[B]; 4]) -> [f32; 4],
-    one: impl Fn([&[B]; 1]) -> [f32; 1],
-) {
-    let blocks = |index| bytemuck::cast_slice(rows.row(index));
-    let (fours, rest) = out.as_chunks_mut::<4>();
-    let done = 4 * fours.len();
-    for (i, out) in fours.iter_mut().enumerate() {
-        *out = four(std::array::from_fn(|r| blocks(4 * i + r)));
-    }
-    for (i, out) in rest.iter_mut().enumerate() {
-        [*out] = one([blocks(done + i)]);
+pub(super) fn each_row<B: Block>(rows: Rows<'_>, out: &mut [f32], dot: impl Fn(&[B]) -> f32) {
+    for (index, out) in out.iter_mut().enumerate() {
+        *out = dot(bytemuck::cast_slice(rows.row(index)));
     }
 }
 
