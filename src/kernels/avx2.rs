@@ -133,7 +133,9 @@ fn small_blocks<B: SmallBlock>(row: &[B], x: Activation<'_>) -> f32 {
         acc = [acc[1], _mm256_fmadd_ps(dot, scale, acc[0])];
         if B::MINIMUM {
             // In lane 0 alone: a minimum counts once.
-            let s_sum = _mm_set_ss(s * (f32::from(sums[0]) + f32::from(sums[1])));
+            let sums = _mm_cvtsi32_si128(bytemuck::cast(*sums));
+            let sum = _mm_cvtepi32_ps(_mm_madd_epi16(sums, _mm_set1_epi16(1)));
+            let s_sum = _mm_mul_ss(sum, _mm_set_ss(s));
             // SAFETY: this function has the features.
             let offset = unsafe { block.offset() };
             acc[1] = _mm256_fmadd_ps(offset, _mm256_zextps128_ps256(s_sum), acc[1]);

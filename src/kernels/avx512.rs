@@ -438,7 +438,7 @@ fn four_bits(qs: &[u8; 128], k: usize) -> __m512i {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn six_bits(ql: &[u8; 128], qh: &[u8; 64], k: usize) -> __m512i {
     let (low, high) = (load_u8(&ql.as_chunks().0[k / 2]), twice(qh, k / 2));
-    let (low, high) = if k % 2 == 0 {
+    let (low, high) = if k.is_multiple_of(2) {
         (low, _mm512_sllv_epi16(high, by_halves(4, 2)))
     } else {
         (

@@ -32,6 +32,9 @@ use crate::tensor::Rows;
 /// `out` is as long as there are rows; `x` has `rows.cols` columns.
 pub type DotRows = fn(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]);
 
+/// Quantizes activations to codes, a scale for each 32, and a sum of codes for each 16.
+pub type Quantize = fn(x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [i16]);
+
 /// The functions of one instruction set.
 #[derive(Clone, Copy)]
 pub struct Kernels {
@@ -43,7 +46,7 @@ pub struct Kernels {
     /// slow: see [`Kernels::exact`].
     pub exact: fn(BlockType) -> DotRows,
     /// Quantizes activations: see [`activations::quantize`].
-    pub quantize: fn(x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [i16]),
+    pub quantize: Quantize,
     /// Dots f32 with f16: `Σ x[i] · y[i]` (a query with a key).
     pub dot_f16: fn(x: &[f32], y: &[half::f16]) -> f32,
     /// `acc[i] += a · y[i]` (a weight times a value vector).
