@@ -6,5 +6,6 @@ mod failures;
 mod fixture;
 mod imatrix;
 mod layouts;
+mod memory;
 mod metadata;
 mod resume;
