@@ -90,13 +90,11 @@ impl Job<'_> {
         };
         self.from.decode_row(stored, weights);
         // One pass without branches first: nearly all rows are sound. NaN compares false.
-        if !weights
-            .iter()
-            .fold(true, |sound, w| sound & (w.abs() < limit))
-        {
+        let sound = |weight: &f32| weight.abs() < limit;
+        if !weights.iter().fold(true, |all, weight| all & sound(weight)) {
             let column = weights
                 .iter()
-                .position(|w| !(w.abs() < limit))
+                .position(|weight| !sound(weight))
                 .expect("one is bad");
             return Err(BadWeight {
                 row,
