@@ -59,13 +59,18 @@ impl BF16 {
     /// The nearest bfloat16, ties to even; a NaN is made quiet and keeps its upper payload.
     #[inline]
     pub fn from_f32(value: f32) -> Self {
-        BF16(half::bf16::from_f32(value).to_le_bytes())
+        let bits = value.to_bits();
+        let rounded = if value.is_nan() {
+            bits | 0x0040_0000
+        } else {
+            bits + 0x7fff + (bits >> 16 & 1)
+        };
+        BF16(((rounded >> 16) as u16).to_le_bytes())
     }
 
     /// The same value in single precision; exact.
     #[inline]
     pub fn to_f32(self) -> f32 {
-        // Not `half`'s conversion, which would make a signalling NaN quiet.
         f32::from_bits(u32::from(u16::from_le_bytes(self.0)) << 16)
     }
 }

@@ -15,15 +15,38 @@ pub const IQ4_VALUES: [i8; 16] = [
     -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
 ];
 
-/// Middles between neighbours of [`IQ4_VALUES`]: from `MIDDLES[i]` on, value `i + 1` is nearer.
-const MIDDLES: [f32; 15] = {
-    let mut middles = [0.0; 15];
-    let mut i = 0;
-    while i < 15 {
-        middles[i] = (IQ4_VALUES[i] as f32 + IQ4_VALUES[i + 1] as f32) / 2.0;
-        i += 1;
+/// Where the nearest value changes around a whole number.
+#[derive(Clone, Copy)]
+struct Cell {
+    /// Index of the nearest value below `middle`; from there on it is the next one.
+    index: u8,
+    /// The middle between two values, if it is less than one away, or infinity.
+    middle: f32,
+}
+
+/// By the low byte of a whole number. Values are at least eleven apart, so that no cell holds
+/// two middles.
+const CELLS: [Cell; 256] = {
+    let mut cells = [Cell {
+        index: 0,
+        middle: f32::INFINITY,
+    }; 256];
+    let mut number = -128;
+    while number < 128 {
+        let cell = &mut cells[(number as u8) as usize];
+        let mut i = 0;
+        while i < 15 {
+            let middle = (IQ4_VALUES[i] as f32 + IQ4_VALUES[i + 1] as f32) / 2.0;
+            if middle <= number as f32 - 1.0 {
+                cell.index = i as u8 + 1;
+            } else if middle < number as f32 + 1.0 {
+                cell.middle = middle;
+            }
+            i += 1;
+        }
+        number += 1;
     }
-    middles
+    cells
 };
 
 /// 32 weights of 4 bits: `w = d·value[q]`.
@@ -72,24 +95,14 @@ fn decode_group(scale: f32, qs: &[u8; 16], weights: &mut [f32]) {
     }
 }
 
-/// Index of the value nearest to `x`, the upper one of two.
+/// Index of the value nearest to `x`, the upper one of two as near.
 #[inline]
 fn nearest_index(x: f32) -> u8 {
-    MIDDLES
-        .iter()
-        .map(|&middle| if x < middle { 0 } else { 1 })
-        .sum()
-}
-
-/// The value nearest to `x`: adds up the steps between the values that lie below.
-#[inline]
-fn nearest_value(x: f32) -> f32 {
-    let mut value = f32::from(IQ4_VALUES[0]);
-    for (i, &middle) in MIDDLES.iter().enumerate() {
-        let step = f32::from(IQ4_VALUES[i + 1]) - f32::from(IQ4_VALUES[i]);
-        value += if x < middle { 0.0 } else { step };
-    }
-    value
+    let (lowest, highest) = (f32::from(IQ4_VALUES[0]), f32::from(IQ4_VALUES[15]));
+    let x = if x < highest { x } else { highest };
+    let x = if x > lowest { x } else { lowest };
+    let cell = CELLS[usize::from(nearest_int(x) as u8)];
+    cell.index + u8::from(x >= cell.middle)
 }
 
 /// Indices of 32 weights at a scale, packed.
@@ -116,8 +129,12 @@ fn group_scale(x: &[f32; 32], weights: &[f32; 32]) -> f32 {
     let mut sum_wqx = [0.0; LANES];
     let mut sum_wqq = [0.0; LANES];
     for (&x, &w) in x.iter().zip(weights) {
+        let values = inverse_scales.map(|inverse_scale| {
+            let index = nearest_index(inverse_scale * x);
+            f32::from(IQ4_VALUES[usize::from(index & 15)])
+        });
         for lane in 0..LANES {
-            let q = nearest_value(inverse_scales[lane] * x);
+            let q = values[lane];
             let wq = w * q;
             sum_wqx[lane] += wq * x;
             sum_wqq[lane] += wq * q;
