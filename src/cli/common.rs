@@ -108,13 +108,23 @@ impl ModelArgs {
 impl EngineArgs {
     /// Loads the model in `path`.
     pub fn load(&self, path: &Path) -> anyhow::Result<Arc<Engine>> {
+        let activations = match self.activations {
+            Activations::Int8 => ActivationMode::Int8,
+            Activations::F32 => ActivationMode::F32,
+        };
+        self.load_with(path, activations)
+    }
+
+    /// Loads the model that others are measured against: it runs exactly, whatever it holds.
+    pub fn load_base(&self, path: &Path) -> anyhow::Result<Arc<Engine>> {
+        self.load_with(path, ActivationMode::F32)
+    }
+
+    fn load_with(&self, path: &Path, activations: ActivationMode) -> anyhow::Result<Arc<Engine>> {
         let options = Options {
             threads: self.threads.map(usize::from),
             kernels: self.kernels.clone(),
-            activations: match self.activations {
-                Activations::Int8 => ActivationMode::Int8,
-                Activations::F32 => ActivationMode::F32,
-            },
+            activations,
         };
         Ok(Engine::load(path, &options)?)
     }

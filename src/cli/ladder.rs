@@ -23,7 +23,7 @@ pub struct Args {
     /// Text to score; several give a column each
     #[arg(short = 'f', long = "file", value_name = "TEXT", required = true)]
     texts: Vec<PathBuf>,
-    /// Model to measure divergence from
+    /// Model to measure divergence from, run with f32 activations
     #[arg(long, value_name = "REF.gguf")]
     base: Option<PathBuf>,
     /// Tokens of a chunk; its second half is scored
@@ -53,7 +53,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let base = args
         .base
         .as_deref()
-        .map(|path| args.engine.load(path))
+        .map(|path| args.engine.load_base(path))
         .transpose()?;
     let models = args
         .models

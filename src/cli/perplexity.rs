@@ -22,7 +22,7 @@ pub struct Args {
     /// Chunks to score at most
     #[arg(long, value_name = "N")]
     chunks: Option<usize>,
-    /// Model to compare with: KL divergence, change of probability, same top token
+    /// Model to compare with, run with f32 activations: KL divergence, Δp, same top token
     #[arg(long, value_name = "REF.gguf")]
     base: Option<PathBuf>,
     /// Print one JSON object
@@ -36,7 +36,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let base = args
         .base
         .as_deref()
-        .map(|path| args.model.engine.load(path))
+        .map(|path| args.model.engine.load_base(path))
         .transpose()?;
     if let Some(base) = &base {
         check_base(base, &engine)?;
