@@ -1,4 +1,5 @@
 //! Helpers shared by the tests: fixtures, generated rows, the oracle.
 
+pub mod allocator;
 pub mod fixture;
 pub mod rows;

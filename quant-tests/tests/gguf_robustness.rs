@@ -2,41 +2,17 @@
 //! read or refused with a message that names it; it never panics and never makes the reader
 //! allocate without bound. One test alone in its process, so that the peak is its own.
 
-use std::alloc::{GlobalAlloc, Layout as Allocation, System};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use fewbit::gguf::{self, Array, Metadata, TensorDecl, names};
 use fewbit::quant::BlockType;
+use quant_tests::allocator::{self, CountingAllocator};
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 
-/// The system's allocator, with the sum of what is allocated and its peak.
-struct Counting;
-
-static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-// SAFETY: every call is handed on to the system's allocator as it came; the counters do not
-// allocate.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Allocation) -> *mut u8 {
-        let now = ALLOCATED.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        PEAK.fetch_max(now, Ordering::Relaxed);
-        // SAFETY: the caller's promise about `layout` is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Allocation) {
-        ALLOCATED.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promise about `pointer` and `layout` is passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
+static ALLOCATOR: CountingAllocator = CountingAllocator;
 
 /// A small model with every kind of value and several types, and the length of its header.
 fn write_model(path: &Path) -> usize {
@@ -142,7 +118,7 @@ fn damaged_files_are_read_or_refused_in_bounded_memory() {
     // Letters of strings and numbers of arrays may change unseen; lengths, types and places may not.
     assert!((1..2000).contains(&read), "{read} of 2000 were read");
 
-    let peak = PEAK.load(Ordering::Relaxed);
+    let peak = allocator::peak();
     assert!(
         peak < 16 << 20,
         "{peak} bytes were allocated at a time for files of {} bytes",
