@@ -8,6 +8,10 @@
 //!
 //! The oracle's bits depend on how it was compiled: see [`contracts_multiply_add`].
 
+mod quantize;
+
+pub use quantize::Quantize;
+
 // Links the static libraries that its build script made.
 use llama_cpp_sys_2 as _;
 
