@@ -350,6 +350,7 @@ fn types_equal_llama_quantizes_for_every_mix_and_kind_of_model() {
         },
         Model {
             name: "rows of 100",
+            heads: 2,
             hidden: 100,
             ffn: 300,
             ..DENSE
