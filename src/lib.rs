@@ -12,7 +12,7 @@
 //! - [`model`]: configuration, weights, state, the forward pass
 //! - [`engine`]: [`Engine`](engine::Engine), the loaded model, and
 //!   [`Session`](engine::Session), one timeline with its KV cache
-//! - [`sampler`], [`chat`], [`perplexity`], [`bench`]: what is built on those two
+//! - [`sampler`], [`chat`], [`perplexity`], [`bench`](mod@bench): what is built on those two
 //! - [`cli`]: one file a command
 
 #[cfg(target_endian = "big")]

@@ -2,7 +2,7 @@
 //!
 //! A decode step of Mixtral has about 200 points at which all threads meet, so a meeting must
 //! cost about a microsecond: workers wait for the next job in a spin loop, and only park after
-//! [`SPIN`] without one. Tasks are claimed from one atomic counter, so that a slow core takes
+//! `SPIN` without one. Tasks are claimed from one atomic counter, so that a slow core takes
 //! fewer and never holds up the others; a worker that wakes too late for a job simply misses
 //! it. There is one job at a time, and the caller works on it too.
 

@@ -53,25 +53,25 @@ fn used_modules(code: &str) -> BTreeSet<String> {
                 .take_while(|c| c.is_alphanumeric() || *c == '_')
                 .collect()
         };
-        match rest.strip_prefix('{') {
-            None => drop(modules.insert(word(rest))),
-            Some(list) => {
-                let (mut depth, mut item) = (0, String::new());
-                for c in list.chars() {
-                    match c {
-                        '{' => depth += 1,
-                        '}' if depth == 0 => break,
-                        '}' => depth -= 1,
-                        ',' if depth == 0 => {
-                            drop(modules.insert(word(std::mem::take(&mut item).trim())))
-                        }
-                        _ if depth == 0 => item.push(c),
-                        _ => {}
-                    }
+        let Some(list) = rest.strip_prefix('{') else {
+            modules.insert(word(rest));
+            continue;
+        };
+        let (mut depth, mut item) = (0, String::new());
+        for c in list.chars() {
+            match c {
+                '{' => depth += 1,
+                '}' if depth == 0 => break,
+                '}' => depth -= 1,
+                ',' if depth == 0 => {
+                    modules.insert(word(item.trim()));
+                    item.clear();
                 }
-                modules.insert(word(item.trim()));
+                _ if depth == 0 => item.push(c),
+                _ => {}
             }
         }
+        modules.insert(word(item.trim()));
     }
     modules.remove("");
     modules

@@ -3,7 +3,7 @@
 //! A [`Mix`] is what `--type` names. It has a base type, and rules that give the matrices which
 //! suffer most from rounding (`attn_v`, `attn_output`, `ffn_down`, the output head) a better one.
 //! The mixes are llama.cpp's (`llama_tensor_get_type_impl` in its `llama-quant.cpp`), so that a
-//! file made here has the types of one made by llama-quantize, tensor for tensor. [`RULES`]
+//! file made here has the types of one made by llama-quantize, tensor for tensor. `RULES`
 //! states them as a table; [`assign`] walks a model's tensors with it.
 //!
 //! What stands outside the table:

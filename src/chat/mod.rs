@@ -2,7 +2,7 @@
 //!
 //! Templates are Jinja, rendered as transformers does (`trim_blocks`, `lstrip_blocks`, Python's string
 //! methods, `raise_exception`, `strftime_now`, `tojson`). A file without one gets a template by what its
-//! vocabulary and name tell ([`styles`]).
+//! vocabulary and name tell ([`Style`]).
 //!
 //! **What a message says is never a control token.** The template's own `<|im_end|>` ends a turn; the same letters in
 //! a message must not. Inside such letters a mark is set before rendering, a Unicode noncharacter that the conversation

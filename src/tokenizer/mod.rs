@@ -3,9 +3,9 @@
 //! A text is first cut at the tokens that stand for themselves: user-defined ones always,
 //! control tokens only where the caller asks for it. Each stretch between them goes to the model:
 //!
-//! - `llama`: SentencePiece BPE ([`spm`]); spaces are `▁`, a stretch at the start of the text or after
+//! - `llama`: SentencePiece BPE (`spm`); spaces are `▁`, a stretch at the start of the text or after
 //!   a control token gets one `▁` in front where the vocabulary says so (`add_space_prefix`).
-//! - `gpt2`: byte-level BPE ([`bpe`]), the `tokenizers` crate's model behind the pre-tokenizer that
+//! - `gpt2`: byte-level BPE (`bpe`), the `tokenizers` crate's model behind the pre-tokenizer that
 //!   `tokenizer.ggml.pre` names.
 //!
 //! Cuts, prefixes and defaults are llama.cpp's, so that one file gives the same ids in both.

@@ -3,7 +3,7 @@
 //! Speed depends on shapes and types, not on what the weights say, so a benchmark needs no
 //! download. But it needs weights that behave: activations that stay finite, experts that
 //! are chosen about equally often. All weights are normal with mean 0, the norms are 1, and
-//! deviations are chosen so that the residual stream keeps its order of magnitude ([`deviation`]).
+//! deviations are chosen so that the residual stream keeps its order of magnitude (`deviation`).
 
 mod blocks;
 mod vocab;
