@@ -84,7 +84,7 @@ impl Chunks {
     }
 
     /// Chunk `index` as it is fed to a model.
-    fn tokens(&self, index: usize) -> Vec<u32> {
+    pub fn tokens(&self, index: usize) -> Vec<u32> {
         let mut tokens = self.tokens[index * self.context..(index + 1) * self.context].to_vec();
         tokens[0] = self.bos.unwrap_or(tokens[0]);
         tokens
@@ -96,8 +96,8 @@ impl Chunks {
         &chunk[self.first() + 1..]
     }
 
-    /// The first position whose logits are scored.
-    fn first(&self) -> usize {
+    /// The first position whose logits are scored; the last but one of the chunk is the last.
+    pub fn first(&self) -> usize {
         self.context / 2
     }
 }
@@ -106,6 +106,24 @@ impl Chunks {
 pub struct Scored<'a> {
     logits: Vec<f32>,
     targets: &'a [u32],
+}
+
+impl<'a> Scored<'a> {
+    /// Chunk `index` as another engine sees it: `logits` after the positions from
+    /// [`Chunks::first`] to the last but one, `[positions, vocab]`.
+    ///
+    /// # Panics
+    /// If the logits are not whole rows, one a position.
+    pub fn from_logits(chunks: &'a Chunks, index: usize, logits: Vec<f32>) -> Self {
+        let targets = chunks.targets(index);
+        assert!(
+            !logits.is_empty() && logits.len().is_multiple_of(targets.len()),
+            "{} logits are no rows for {} positions",
+            logits.len(),
+            targets.len()
+        );
+        Self { logits, targets }
+    }
 }
 
 /// Runs chunk `index` through `session`, which is emptied first.
@@ -175,6 +193,12 @@ impl Tally {
     /// Number of scored tokens so far.
     pub fn tokens(&self) -> usize {
         self.positions.len()
+    }
+
+    /// KL(base ‖ model) at each scored position, in the order of the text: for the differences
+    /// between two models' divergences, whose error is far below that of either.
+    pub fn divergences(&self) -> impl Iterator<Item = f64> + Clone + '_ {
+        self.positions.iter().map(|position| position.kld)
     }
 
     /// Perplexity and its standard error.
@@ -279,7 +303,7 @@ pub struct Estimate {
 
 impl Estimate {
     /// The mean of `values` (not empty) and its standard error, `sd / √(n − 1)`.
-    fn of_mean(values: impl Iterator<Item = f64> + Clone) -> Self {
+    pub fn of_mean(values: impl Iterator<Item = f64> + Clone) -> Self {
         let n = values.clone().count() as f64;
         let mean = values.clone().sum::<f64>() / n;
         let variance = values.map(|value| (value - mean).powi(2)).sum::<f64>() / n;

@@ -46,15 +46,17 @@ impl ModelFile {
 
 /// The trained fixture, converted with `--type mix`.
 pub fn tiny_mixtral(mix: &str) -> ModelFile {
-    let file = ModelFile::in_new_dir("tiny.gguf");
-    let options = Conversion::new(mix.parse().expect("a known mix"));
-    convert(
-        &path("tiny-mixtral"),
-        &file.path,
-        &options,
-        &indicatif::ProgressBar::hidden(),
-    )
-    .expect("the fixture converts");
+    converted(&path("tiny-mixtral"), mix)
+}
+
+/// A checkpoint, or another GGUF file, converted with `--type mix --allow-requantize`.
+pub fn converted(checkpoint: &Path, mix: &str) -> ModelFile {
+    let file = ModelFile::in_new_dir("model.gguf");
+    let mut options = Conversion::new(mix.parse().expect("a known mix"));
+    options.allow_requantize = true;
+    let bar = indicatif::ProgressBar::hidden();
+    convert(checkpoint, &file.path, &options, &bar)
+        .unwrap_or_else(|error| panic!("{}: {error}", checkpoint.display()));
     file
 }
 

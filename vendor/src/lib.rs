@@ -4,7 +4,7 @@
 //! The sources come with the package llama-cpp-sys-2, which compiles them (cmake, libclang and
 //! a C++ compiler are needed; `check-tools.sh` says what is missing). [`sys`] holds the raw
 //! bindings, generated from their headers and from `wrapper.h`; the functions here put a safe
-//! face on what the block tests need.
+//! face on what the block tests need, and [`llama`] on what it takes to run a model.
 //!
 //! The oracle's bits depend on how it was compiled: see [`contracts_multiply_add`].
 
@@ -14,6 +14,8 @@ pub use quantize::Quantize;
 
 // Links the static libraries that its build script made.
 use llama_cpp_sys_2 as _;
+
+pub mod llama;
 
 /// The raw bindings: ggml.h, ggml-cpu.h, gguf.h, llama.h, and the row functions of
 /// ggml-quants.c.

@@ -1,0 +1,219 @@
+//! Whole models against llama.cpp: our files load there, and its logits agree with ours.
+//!
+//! `cargo test -p quant-tests --features ggml --test conformance_llama -- --show-output`
+//!
+//! Both engines see the same tokens: chunks of 512, cut and scored as llama-perplexity does.
+//! What llama.cpp is set to is said in `ggml_sys_bindings::llama`: f16 keys and values, as ours,
+//! and no flash attention. Two things remain that it rounds and fewbit does not: to multiply with F16
+//! rows it rounds the activations to f16, and with rows of K-quants it rounds them to 8 bits with
+//! one scale for 256 (here 32).
+#![cfg(feature = "ggml")]
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use fewbit::engine::{ActivationMode, Engine, Options};
+use fewbit::perplexity::{Chunks, Estimate, Scored, Tally, score};
+use fewbit::threads::Pool;
+use fewbit_convert::recipe::Mix;
+use ggml_sys_bindings::llama;
+use quant_tests::fixture::{self, LANGUAGES, ModelFile};
+
+/// Tokens of a chunk, as llama-perplexity's default.
+const CONTEXT: usize = 512;
+
+/// Threads of either engine.
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get().min(2))
+}
+
+/// Both engines' threads spin while they wait: one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static RUNNING: Mutex<()> = Mutex::new(());
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn load(path: &Path, activations: ActivationMode) -> Arc<Engine> {
+    let options = Options {
+        threads: Some(threads()),
+        activations,
+        ..Options::default()
+    };
+    Engine::load(path, &options).expect("the file loads")
+}
+
+/// Our logits on every chunk.
+fn ours<'a>(path: &Path, activations: ActivationMode, texts: &'a [Chunks]) -> Vec<Scored<'a>> {
+    let engine = load(path, activations);
+    let mut session = engine.session(texts[0].context());
+    let chunks = texts
+        .iter()
+        .flat_map(|text| (0..text.len()).map(move |i| (text, i)));
+    chunks
+        .map(|(text, i)| score(&mut session, text, i).expect("the chunk fits"))
+        .collect()
+}
+
+/// llama.cpp's logits on every chunk.
+fn theirs<'a>(path: &Path, texts: &'a [Chunks]) -> Vec<Scored<'a>> {
+    let model = llama::Model::load(path).expect("llama.cpp loads the file");
+    let mut context = model.context(texts[0].context(), threads());
+    let chunks = texts
+        .iter()
+        .flat_map(|text| (0..text.len()).map(move |i| (text, i)));
+    chunks
+        .map(|(text, i)| {
+            let mut logits = context.logits(&text.tokens(i), text.first());
+            // What follows the last token is in the next chunk.
+            logits.truncate(logits.len() - model.vocab_len());
+            Scored::from_logits(text, i, logits)
+        })
+        .collect()
+}
+
+/// The same weights in F32: what the file says, without the rounding of activations (and far
+/// faster than `ActivationMode::F32`, which decodes each row anew for every token).
+fn decoded(path: &Path) -> ModelFile {
+    fixture::converted(path, "F32")
+}
+
+fn compare(model: &[Scored<'_>], base: &[Scored<'_>]) -> Tally {
+    let pool = Pool::new(1);
+    let mut tally = Tally::default();
+    for (model, base) in model.iter().zip(base) {
+        tally.add(&pool, model, Some(base));
+    }
+    tally
+}
+
+/// The fixture's held-out texts, the same number of chunks of each language.
+fn fixture_texts(tokenizer_of: &Path, context: usize, chunks: usize) -> Vec<Chunks> {
+    let engine = load(tokenizer_of, ActivationMode::F32);
+    let cut = |language| {
+        Chunks::new(
+            engine.tokenizer(),
+            &fixture::text(language),
+            context,
+            Some(chunks),
+        )
+        .expect("the text is long enough")
+    };
+    LANGUAGES.map(cut).into()
+}
+
+/// llama.cpp's logits are ours, for a file that neither engine rounds activations to 8 bits for.
+fn assert_same_model(name: &str, ours: &[Scored<'_>], theirs: &[Scored<'_>]) {
+    let tally = compare(theirs, ours);
+    let divergence = tally.divergence();
+    println!(
+        "{name}: {} positions, KL(ours ‖ llama.cpp) {:.2e} (at most {:.1e}), same top {:.3} %, \
+         PPL ours {:.4}, llama.cpp {:.4}",
+        tally.tokens(),
+        divergence.kld.value,
+        divergence.kld_percentile(1.0),
+        100.0 * divergence.same_top,
+        divergence.base.value,
+        tally.perplexity().value,
+    );
+    assert!(divergence.kld.value < 1e-4, "{name}: divergence");
+    assert!(divergence.same_top > 0.995, "{name}: top tokens");
+    assert!(divergence.ln_ratio.value.abs() < 1e-3, "{name}: perplexity");
+}
+
+/// Against the model before it was quantized, our logits from a file are as near as llama.cpp's
+/// from the same file.
+///
+/// Both hold the error of the weights, which is the same, and each its own of rounding the
+/// activations. Where the two round alike (types whose activations llama.cpp, too, scales by 32), the
+/// difference is chance: it may be against us by three of its standard errors, that of the
+/// paired differences. What rounding alone costs is seen against the exact products of the
+/// same file.
+fn assert_as_near(name: &str, path: &Path, base: &[Scored<'_>], texts: &[Chunks]) {
+    let exact = ours(&decoded(path).path, ActivationMode::F32, texts);
+    let fast = ours(path, ActivationMode::Int8, texts);
+    let rival = theirs(path, texts);
+    let (ours, rivals, file) = (
+        compare(&fast, base),
+        compare(&rival, base),
+        compare(&exact, base),
+    );
+    let (our_rounding, their_rounding) = (compare(&fast, &exact), compare(&rival, &exact));
+    let difference = |a: &Tally, b: &Tally| {
+        let pairs: Vec<f64> = a
+            .divergences()
+            .zip(b.divergences())
+            .map(|(a, b)| a - b)
+            .collect();
+        Estimate::of_mean(pairs.into_iter())
+    };
+    let gap = difference(&ours, &rivals);
+    let rounding_gap = difference(&our_rounding, &their_rounding);
+    let kld = |tally: &Tally| tally.divergence().kld.value;
+    println!(
+        "{name}: KLD from F32: exact {:.6}, ours {:.6}, llama.cpp {:.6}, gap {:+.1e} ± {:.1e}; \
+         from exact: ours {:.2e}, llama.cpp {:.2e}, gap {:+.1e} ± {:.1e}; PPL ours {:.4}, llama.cpp {:.4}",
+        kld(&file),
+        kld(&ours),
+        kld(&rivals),
+        gap.value,
+        gap.se,
+        kld(&our_rounding),
+        kld(&their_rounding),
+        rounding_gap.value,
+        rounding_gap.se,
+        ours.perplexity().value,
+        rivals.perplexity().value,
+    );
+    assert!(
+        gap.value <= 3.0 * gap.se,
+        "{name}: farther from F32 than llama.cpp"
+    );
+    assert!(
+        rounding_gap.value <= 3.0 * rounding_gap.se,
+        "{name}: rounding costs more than llama.cpp's"
+    );
+}
+
+#[test]
+fn every_mix_loads_in_llama_cpp() {
+    let _alone = alone();
+    let texts = fixture_texts(&fixture::tiny_mixtral("Q8_0").path, 128, 1);
+    for mix in Mix::all() {
+        let file = fixture::tiny_mixtral(mix.name());
+        let decoded = decoded(&file.path);
+        let exact = ours(&decoded.path, ActivationMode::F32, &texts);
+        let tally = compare(&theirs(&file.path, &texts), &exact);
+        let divergence = tally.divergence();
+        println!(
+            "{mix}: KL(exact ‖ llama.cpp) {:.2e}, same top {:.1} %",
+            divergence.kld.value,
+            100.0 * divergence.same_top
+        );
+        assert!(divergence.kld.value < 0.01, "{mix}: another model");
+    }
+}
+
+#[test]
+fn f32_and_f16_logits_of_the_fixture_are_llama_cpp_s() {
+    let _alone = alone();
+    for mix in ["F32", "F16"] {
+        let file = fixture::tiny_mixtral(mix);
+        let texts = fixture_texts(&file.path, CONTEXT, 3);
+        assert_same_model(
+            mix,
+            &ours(&file.path, ActivationMode::Int8, &texts),
+            &theirs(&file.path, &texts),
+        );
+    }
+}
+
+#[test]
+fn quantized_fixtures_are_as_near_to_f32_as_in_llama_cpp() {
+    let _alone = alone();
+    let base = fixture::tiny_mixtral("F32");
+    let texts = fixture_texts(&base.path, CONTEXT, 3);
+    let base = ours(&base.path, ActivationMode::F32, &texts);
+    for mix in ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"] {
+        assert_as_near(mix, &fixture::tiny_mixtral(mix).path, &base, &texts);
+    }
+}
