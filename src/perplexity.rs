@@ -96,7 +96,8 @@ impl Chunks {
         &chunk[self.first() + 1..]
     }
 
-    /// The first position whose logits are scored; the last but one of the chunk is the last.
+    /// The first position whose logits are scored; the last one is the last but one of the
+    /// chunk.
     pub fn first(&self) -> usize {
         self.context / 2
     }

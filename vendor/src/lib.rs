@@ -8,14 +8,13 @@
 //!
 //! The oracle's bits depend on how it was compiled: see [`contracts_multiply_add`].
 
+pub mod llama;
 mod quantize;
 
 pub use quantize::Quantize;
 
 // Links the static libraries that its build script made.
 use llama_cpp_sys_2 as _;
-
-pub mod llama;
 
 /// The raw bindings: ggml.h, ggml-cpu.h, gguf.h, llama.h, and the row functions of
 /// ggml-quants.c.
