@@ -17,7 +17,6 @@
 //!   when the rules speak of the first few.
 //! - Blocks that do not fill a tensor's rows make way for smaller ones ([`fallback`]).
 
-use std::cmp::Ordering;
 use std::fmt;
 use std::str::FromStr;
 
@@ -286,7 +285,7 @@ pub fn assign(
 
     // The rules count matrices of a kind in the order in which llama-quantize visits them.
     let mut visits: Vec<usize> = (0..tensors.len()).collect();
-    visits.sort_by(|&a, &b| visiting_order(tensors[a].name, tensors[b].name));
+    visits.sort_by_key(|&index| visiting_order(tensors[index].name));
 
     let mut choices: Vec<Choice> = tensors
         .iter()
@@ -472,9 +471,10 @@ fn block_is_weight(kind: BlockType) -> bool {
     kind.block_len() == 1
 }
 
-/// By layer (tensors outside the layers first), then by name.
-fn visiting_order(a: &str, b: &str) -> Ordering {
-    layer(a).cmp(&layer(b)).then_with(|| a.cmp(b))
+/// Sort key of llama-quantize's order: by layer (tensors outside the layers first), then by
+/// name.
+pub fn visiting_order(name: &str) -> (Option<usize>, &str) {
+    (layer(name), name)
 }
 
 /// The N of `blk.N.…`.

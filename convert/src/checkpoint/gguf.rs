@@ -6,9 +6,9 @@ use std::path::Path;
 use fewbit::gguf::names::{self, Experts};
 use fewbit::gguf::{self, Gguf, TensorInfo};
 
-use super::names::visiting_order;
 use super::{Checkpoint, Hyperparameters, InputFile, RowOrder, Slab, Source, Tensor};
 use crate::error::{Error, Result};
+use crate::recipe::visiting_order;
 
 pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     let gguf = gguf::read(path)?;

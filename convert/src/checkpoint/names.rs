@@ -1,6 +1,7 @@
 //! The tensors of the graph: their names in each layout, and their shapes.
 
 use crate::config::ModelConfig;
+use crate::recipe::visiting_order;
 
 /// What a tensor is in the graph.
 #[allow(missing_docs)] // the table below says what each of them is
@@ -192,14 +193,4 @@ pub fn expected(config: &ModelConfig) -> Vec<Expected> {
     }
     tensors.sort_by(|a, b| visiting_order(&a.name).cmp(&visiting_order(&b.name)));
     tensors
-}
-
-/// Sort key of llama-quantize's order: tensors outside of the layers first, then layer by layer,
-/// by name within.
-pub fn visiting_order(name: &str) -> (i64, &str) {
-    let layer = name
-        .strip_prefix("blk.")
-        .and_then(|rest| rest.split_once('.'))
-        .and_then(|(n, _)| n.parse().ok());
-    (layer.unwrap_or(-1), name)
 }
