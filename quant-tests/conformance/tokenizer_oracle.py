@@ -5,6 +5,7 @@
     python tokenizer_oracle.py mistral         fixtures/golden/mistral-v1-tokens.json, mistral-v1-prompts.json
     python tokenizer_oracle.py fixture         fixtures/golden/tiny-mixtral-{sample,prompts}.json
     python tokenizer_oracle.py byte-bpe TEXT…  fixtures/byte-bpe/, fixtures/golden/byte-bpe-tokens.json
+    python tokenizer_oracle.py check           fails where the files of `mistral` and `fixture` are not what the oracles say
     python tokenizer_oracle.py vocabulary      prints the path of mistral-common's tokenizer.model.v1
 
 `mistral` holds SentencePiece's ids of tokenizer.model.v1 (mistral-common ships that file; it is not part of this
@@ -20,12 +21,19 @@ from pathlib import Path
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 SAMPLE = FIXTURES / "text" / "tokenizer-sample.json"
 
+# With `check`, files that differ from what would be written; nothing is written then.
+differing = None
+
 
 def write(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
     items = value if isinstance(value, list) else [value]
     lines = ",\n".join(json.dumps(item, ensure_ascii=True, separators=(",", ":")) for item in items)
-    path.write_text(f"[\n{lines}\n]\n" if isinstance(value, list) else lines + "\n", encoding="utf-8")
+    content = f"[\n{lines}\n]\n" if isinstance(value, list) else lines + "\n"
+    if differing is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    elif not path.exists() or path.read_text(encoding="utf-8") != content:
+        differing.append(path.name)
 
 
 def sample():
@@ -207,6 +215,15 @@ def byte_bpe(paths):
     write(FIXTURES / "golden" / "byte-bpe-tokens.json", cases)
 
 
+def check():
+    global differing
+    differing = []
+    mistral()
+    fixture()
+    if differing:
+        sys.exit(f"other ids than the oracles give: {', '.join(differing)}")
+
+
 def main():
     match sys.argv[1:]:
         case ["sample"]:
@@ -217,6 +234,8 @@ def main():
             fixture()
         case ["byte-bpe", *paths] if paths:
             byte_bpe(paths)
+        case ["check"]:
+            check()
         case ["vocabulary"]:
             print(vocabulary())
         case _:
