@@ -90,7 +90,7 @@ impl Test {
     fn context(self) -> usize {
         match self {
             Self::Prompt(tokens) => tokens,
-            Self::Generate { tokens, depth } => tokens + depth,
+            Self::Generate { tokens, depth } => tokens.saturating_add(depth),
         }
     }
 }
@@ -108,7 +108,7 @@ impl Times {
     /// # Errors
     /// As [`Session::feed`].
     pub fn measure(engine: &Arc<Engine>, test: Test, repetitions: usize) -> Result<Self, Error> {
-        let mut session = engine.session(test.context());
+        let mut session = engine.session(test.context())?;
         test.run(&mut session, 0)?;
         let runs = (1..=repetitions.max(1)).map(|seed| test.run(&mut session, seed as u64));
         let mut sorted = runs.collect::<Result<Vec<_>, _>>()?;
@@ -118,7 +118,8 @@ impl Times {
 
     /// Tokens a second at the median time.
     pub fn tok_s(&self) -> f64 {
-        self.rate(self.sorted[self.sorted.len() / 2])
+        let times = &self.sorted;
+        self.rate((times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2)
     }
 
     /// Tokens a second of the slowest and the fastest repetition.

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::gguf::{self, Gguf};
 use crate::kernels::Kernels;
 use crate::model::{self, KvCache, Model, Slot, State, forward};
-use crate::plan::{self, PROMPT_BATCH};
-use crate::threads::Pool;
+use crate::plan;
+use crate::threads::{self, Pool};
 use crate::tokenizer::{self, Tokenizer};
 
 /// Why a model cannot be loaded or cannot go on.
@@ -30,6 +30,42 @@ pub enum Error {
         name: String,
         /// What there is.
         available: Vec<&'static str>,
+    },
+    /// The threads cannot be started.
+    #[error("cannot start {threads} threads: {source}; give fewer with --threads")]
+    Threads {
+        /// Threads asked for.
+        threads: usize,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// There is no memory for a context.
+    #[error("a context of {context} tokens needs {:.1} GB for keys and values: {source}; give a smaller --ctx", *bytes as f64 / 1e9)]
+    NoRoom {
+        /// Tokens asked for.
+        context: usize,
+        /// Bytes of the KV cache.
+        bytes: u64,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The vocabulary and the embedding do not fit together.
+    #[error("{}: metadata key tokenizer.ggml.tokens: {tokens} tokens, the embedding has {rows} rows; convert it again", file.display())]
+    Vocabulary {
+        /// The file.
+        file: PathBuf,
+        /// Tokens of the vocabulary.
+        tokens: usize,
+        /// Rows of the embedding.
+        rows: usize,
+    },
+    /// The model computes nonsense.
+    #[error("{}: the logits after token {position} are not finite: the weights are damaged; `fewbit inspect --check` finds where", file.display())]
+    NotFinite {
+        /// The file.
+        file: PathBuf,
+        /// Position in the session.
+        position: usize,
     },
     /// More tokens than the session has room for.
     #[error(
@@ -89,6 +125,8 @@ pub struct Engine {
     tokenizer: Tokenizer,
     kernels: Kernels,
     pool: Pool,
+    /// Tokens that go through the model in one pass.
+    batch: usize,
     state: Mutex<State>,
 }
 
@@ -116,8 +154,15 @@ impl Engine {
         let gguf = gguf::read(path)?;
         let model = Model::open(&gguf)?;
         let tokenizer = Tokenizer::from_metadata(&gguf.metadata)?;
-        let state = Mutex::new(State::new(&model.config, PROMPT_BATCH));
-        let pool = Pool::new(options.threads.unwrap_or_else(default_threads));
+        let (tokens, rows) = (tokenizer.vocab_len(), model.config.shape.vocab);
+        if tokens != rows {
+            let file = path.to_owned();
+            return Err(Error::Vocabulary { file, tokens, rows });
+        }
+        let state = State::new(&model.config);
+        let batch = state.batch;
+        let threads = options.threads.unwrap_or_else(threads::default_count);
+        let pool = Pool::new(threads).map_err(|source| Error::Threads { threads, source })?;
         Ok(Arc::new(Self {
             path: path.to_owned(),
             gguf,
@@ -125,7 +170,8 @@ impl Engine {
             tokenizer,
             kernels,
             pool,
-            state,
+            batch,
+            state: Mutex::new(state),
         }))
     }
 
@@ -165,13 +211,21 @@ impl Engine {
     }
 
     /// An empty timeline with room for `context` tokens.
-    pub fn session(self: &Arc<Self>, context: usize) -> Session {
-        Session {
-            cache: KvCache::new(&self.model.config, context),
+    ///
+    /// # Errors
+    /// When there is no memory for its KV cache.
+    pub fn session(self: &Arc<Self>, context: usize) -> Result<Session, Error> {
+        let cache = KvCache::new(&self.model.config, context).map_err(|source| Error::NoRoom {
+            context,
+            bytes: self.shape().kv_bytes(context, size_of::<half::f16>()),
+            source,
+        })?;
+        Ok(Session {
+            cache,
             tokens: Vec::new(),
             logits: Vec::new(),
             engine: Arc::clone(self),
-        }
+        })
     }
 
     /// One forward pass; the guard gives access to the logits.
@@ -180,11 +234,6 @@ impl Engine {
         forward(&self.model, &self.pool, &self.kernels, &mut state, slots);
         state
     }
-}
-
-/// One thread a core that the process may run on.
-fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// One timeline: the tokens so far, their keys and values, and the logits of the last one.
@@ -221,7 +270,7 @@ impl Session {
     ///
     /// # Errors
     /// [`Error::ContextFull`], [`Error::Token`], and [`Error::Empty`] where `tokens` is empty;
-    /// the session is then unchanged.
+    /// [`Error::NotFinite`] where the weights are damaged. The session is then unchanged.
     pub fn feed(&mut self, tokens: &[u32]) -> Result<&[f32], Error> {
         let last = tokens.len().checked_sub(1).ok_or(Error::Empty)?;
         self.score(tokens, last, |_, _| {})?;
@@ -230,6 +279,7 @@ impl Session {
 
     /// Appends `tokens` and calls `visit(i, logits)` for each index `i >= from` with the logits
     /// after `tokens[i]`, in order. The last logits are kept as by [`feed`](Self::feed).
+    /// The engine is busy while `visit` runs: it must not feed another session of it.
     ///
     /// # Errors
     /// As [`feed`](Self::feed).
@@ -254,21 +304,29 @@ impl Session {
             return Err(Error::Token { token, vocab });
         }
         let from = from.min(tokens.len() - 1);
-        for (index, part) in tokens.chunks(PROMPT_BATCH).enumerate() {
-            let start = index * PROMPT_BATCH;
+        let engine = Arc::clone(&self.engine);
+        let mut start = 0;
+        for part in tokens.chunks(engine.batch) {
             let logits_from = from.saturating_sub(start).min(part.len());
-            let state = self.engine.forward(vec![Slot {
+            let state = engine.forward(vec![Slot {
                 cache: &mut self.cache,
                 tokens: part,
                 logits_from,
             }]);
-            for (offset, logits) in state.logits.chunks_exact(vocab).enumerate() {
-                visit(start + logits_from + offset, logits);
+            for (index, logits) in (start + logits_from..).zip(state.logits.chunks_exact(vocab)) {
+                if !logits.iter().all(|logit| logit.is_finite()) {
+                    let position = self.tokens.len() + index;
+                    self.cache.len = self.tokens.len();
+                    let file = engine.path.clone();
+                    return Err(Error::NotFinite { file, position });
+                }
+                visit(index, logits);
             }
-            if start + part.len() == tokens.len() {
+            start += part.len();
+            if start == tokens.len() {
                 self.logits.clear();
-                self.logits
-                    .extend_from_slice(&state.logits[state.logits.len() - vocab..]);
+                let last = state.logits.len() - vocab;
+                self.logits.extend_from_slice(&state.logits[last..]);
             }
         }
         self.tokens.extend_from_slice(tokens);

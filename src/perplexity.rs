@@ -10,7 +10,10 @@
 //! whole vocabulary, the change `Δp` of the true token's probability, and whether both rank
 //! the same token first. The base runs beside the model; nothing is written to disk.
 
+use std::ops::Range;
+
 use crate::engine::{Error, Session};
+use crate::plan::PROMPT_BATCH;
 use crate::threads::Pool;
 use crate::tokenizer::{self, Tokenizer};
 
@@ -83,6 +86,23 @@ impl Chunks {
         self.context
     }
 
+    /// Number of parts: a chunk is run in parts of at most [`PROMPT_BATCH`] tokens, so that the
+    /// logits of a long context are never held all at once.
+    pub fn parts(&self) -> usize {
+        self.len() * self.parts_a_chunk()
+    }
+
+    fn parts_a_chunk(&self) -> usize {
+        self.context.div_ceil(PROMPT_BATCH)
+    }
+
+    /// The chunk that part `index` belongs to, and where it lies in it.
+    fn part(&self, index: usize) -> (usize, Range<usize>) {
+        let start = index % self.parts_a_chunk() * PROMPT_BATCH;
+        let end = (start + PROMPT_BATCH).min(self.context);
+        (index / self.parts_a_chunk(), start..end)
+    }
+
     /// Chunk `index` as it is fed to a model.
     pub fn tokens(&self, index: usize) -> Vec<u32> {
         let mut tokens = self.tokens[index * self.context..(index + 1) * self.context].to_vec();
@@ -90,33 +110,33 @@ impl Chunks {
         tokens
     }
 
-    /// The tokens of chunk `index` that are predicted: the second half, without its first.
-    fn targets(&self, index: usize) -> &[u32] {
-        let chunk = &self.tokens[index * self.context..(index + 1) * self.context];
-        &chunk[self.first() + 1..]
+    /// Positions of a chunk whose logits are scored: the second half but the last, which
+    /// predicts a token of the next chunk.
+    pub fn scored(&self) -> Range<usize> {
+        self.context / 2..self.context - 1
     }
 
-    /// The first position whose logits are scored; the last one is the last but one of the
-    /// chunk.
-    pub fn first(&self) -> usize {
-        self.context / 2
+    /// The tokens of chunk `index` that come after these positions.
+    fn targets(&self, index: usize, positions: Range<usize>) -> &[u32] {
+        let chunk = &self.tokens[index * self.context..(index + 1) * self.context];
+        &chunk[positions.start + 1..positions.end + 1]
     }
 }
 
-/// The logits of a chunk's scored positions, `[positions, vocab]`, and the tokens that came.
+/// Logits of scored positions, `[positions, vocab]`, and the tokens that came.
 pub struct Scored<'a> {
     logits: Vec<f32>,
     targets: &'a [u32],
 }
 
 impl<'a> Scored<'a> {
-    /// Chunk `index` as another engine sees it: `logits` after the positions from
-    /// [`Chunks::first`] to the last but one, `[positions, vocab]`.
+    /// Chunk `index` as another engine sees it: `logits` after the positions of
+    /// [`Chunks::scored`], `[positions, vocab]`.
     ///
     /// # Panics
     /// If the logits are not whole rows, one a position.
     pub fn from_logits(chunks: &'a Chunks, index: usize, logits: Vec<f32>) -> Self {
-        let targets = chunks.targets(index);
+        let targets = chunks.targets(index, chunks.scored());
         assert!(
             !logits.is_empty() && logits.len().is_multiple_of(targets.len()),
             "{} logits are no rows for {} positions",
@@ -127,7 +147,8 @@ impl<'a> Scored<'a> {
     }
 }
 
-/// Runs chunk `index` through `session`, which is emptied first.
+/// Runs part `index` through `session`, which must have run the parts before it of the same
+/// chunk; the first part of a chunk empties it.
 ///
 /// # Errors
 /// As [`Session::feed`].
@@ -136,15 +157,30 @@ pub fn score<'a>(
     chunks: &'a Chunks,
     index: usize,
 ) -> Result<Scored<'a>, Error> {
-    let targets = chunks.targets(index);
-    let mut logits = Vec::with_capacity(targets.len() * session.engine().shape().vocab);
-    session.rewind(0);
-    // The last position predicts a token of the next chunk: it is left out.
-    session.score(&chunks.tokens(index), chunks.first(), |position, row| {
-        if position + 1 < chunks.context {
+    let (chunk, part) = chunks.part(index);
+    let all = chunks.scored();
+    let scored = all.start.max(part.start)..all.end.min(part.end);
+    let scored = if scored.is_empty() {
+        part.end..part.end
+    } else {
+        scored
+    };
+    if part.start == 0 {
+        session.rewind(0);
+    }
+    let vocab = session.engine().shape().vocab;
+    let mut logits = Vec::with_capacity(scored.len() * vocab);
+    let tokens = &chunks.tokens(chunk)[part.clone()];
+    // The last position's logits come unasked.
+    session.score(tokens, scored.start - part.start, |position, row| {
+        if scored.contains(&(part.start + position)) {
             logits.extend_from_slice(row);
         }
     })?;
+    let targets = match scored.is_empty() {
+        true => &[],
+        false => chunks.targets(chunk, scored),
+    };
     Ok(Scored { logits, targets })
 }
 
@@ -168,8 +204,11 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Adds a chunk of the model, with the same chunk of the base where there is one.
+    /// Adds a part of the model, with the same part of the base where there is one.
     pub fn add(&mut self, pool: &Pool, model: &Scored<'_>, base: Option<&Scored<'_>>) {
+        if model.targets.is_empty() {
+            return;
+        }
         let vocab = model.logits.len() / model.targets.len();
         let start = self.positions.len();
         self.positions
@@ -405,7 +444,7 @@ mod tests {
             logits: vec![1.5; 6 * 4],
             targets: &[0, 3, 5, 2],
         };
-        tally.add(&Pool::new(1), &die, Some(&die));
+        tally.add(&Pool::new(1).unwrap(), &die, Some(&die));
         let ppl = tally.perplexity();
         assert!(
             (ppl.value - 6.0).abs() < 1e-6 && ppl.se.abs() < 1e-6,

@@ -154,9 +154,13 @@ impl Shape {
     /// a layer in f32 (residual, norm, quantized copy, sum; queries, keys, values, attention's result;
     /// gate and up of each chosen expert), and one row of logits.
     pub fn scratch_bytes(&self) -> u64 {
+        self.scratch_bytes_a_token() * PROMPT_BATCH as u64 + 4 * self.vocab as u64
+    }
+
+    /// What one token of a prompt keeps between the steps of a layer.
+    pub fn scratch_bytes_a_token(&self) -> u64 {
         let attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim;
-        let a_token = 4 * self.hidden + attention + 2 * self.experts_used * self.ffn;
-        4 * (a_token as u64 * PROMPT_BATCH as u64 + self.vocab as u64)
+        4 * (4 * self.hidden + attention + 2 * self.experts_used * self.ffn) as u64
     }
 
     /// RAM that keeps everything resident: weights, an f16 KV cache of `ctx` positions, scratch.

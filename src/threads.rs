@@ -6,15 +6,58 @@
 //! fewer and never holds up the others; a worker that wakes too late for a job simply misses
 //! it. There is one job at a time, and the caller works on it too.
 
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 /// How long a worker spins for the next job before it parks: longer than the gaps within a
 /// forward pass, shorter than anything a person or a power meter would notice.
 const SPIN: Duration = Duration::from_micros(200);
+
+/// More threads than this are refused: it is no machine's number of cores, and each costs memory.
+pub const MAX_THREADS: usize = 1024;
+
+/// One thread a physical core that the process may use: two threads on one core share its
+/// multipliers and its way to memory, which is all that kernels need.
+pub fn default_count() -> usize {
+    let allowed = thread::available_parallelism().map_or(1, usize::from);
+    physical_cores().map_or(allowed, |cores| cores.clamp(1, allowed))
+}
+
+/// Physical cores among the CPUs that the process may run on, where Linux says.
+fn physical_cores() -> Option<usize> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let list = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+    let mut cores = BTreeSet::new();
+    for cpu in parse_cpu_list(list)? {
+        let topology = |what: &str| {
+            fs::read_to_string(format!("/sys/devices/system/cpu/cpu{cpu}/topology/{what}"))
+        };
+        cores.insert((
+            topology("physical_package_id").ok()?,
+            topology("core_id").ok()?,
+        ));
+    }
+    Some(cores.len())
+}
+
+/// The CPUs of a list such as `0-3,8`.
+fn parse_cpu_list(list: &str) -> Option<Vec<usize>> {
+    let mut cpus = Vec::new();
+    for range in list.trim().split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        cpus.extend(
+            first.parse().ok()?..=last.parse().ok().filter(|&last: &usize| last < 1 << 16)?,
+        );
+    }
+    Some(cpus)
+}
 
 /// A fixed number of threads that work on one job at a time.
 pub struct Pool {
@@ -61,8 +104,15 @@ unsafe impl Send for Shared {}
 
 impl Pool {
     /// A pool of `threads` threads, the caller's included.
-    pub fn new(threads: usize) -> Self {
-        let workers = threads.clamp(1, usize::from(u16::MAX)) - 1;
+    ///
+    /// # Errors
+    /// When there are more than [`MAX_THREADS`], or the system starts no more.
+    pub fn new(threads: usize) -> io::Result<Self> {
+        if threads > MAX_THREADS {
+            let problem = format!("at most {MAX_THREADS} make sense");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
+        }
+        let workers = threads.max(1) - 1;
         let shared = Arc::new(Shared {
             ticket: AtomicU64::new(0),
             next: AtomicUsize::new(0),
@@ -75,20 +125,19 @@ impl Pool {
             parked: (0..workers).map(|_| AtomicBool::new(false)).collect(),
             stop: AtomicBool::new(false),
         });
-        let workers = (0..workers)
-            .map(|index| {
-                let shared = Arc::clone(&shared);
-                std::thread::Builder::new()
-                    .name(format!("fewbit-{}", index + 1))
-                    .spawn(move || shared.work(index))
-                    .expect("a thread can be started")
-            })
-            .collect();
-        Self {
+        let mut pool = Self {
             shared,
-            workers,
+            workers: Vec::with_capacity(workers),
             caller: Mutex::new(()),
+        };
+        for index in 0..workers {
+            let shared = Arc::clone(&pool.shared);
+            let name = format!("fewbit-{}", index + 1);
+            let worker = thread::Builder::new().name(name);
+            // Where one fails, dropping the pool ends those before it.
+            pool.workers.push(worker.spawn(move || shared.work(index))?);
         }
+        Ok(pool)
     }
 
     /// Number of threads, the caller's included.
@@ -135,6 +184,9 @@ impl Pool {
             }
         }
         let mine = catch_unwind(AssertUnwindSafe(|| shared.claim(run, tasks)));
+        if mine.is_err() {
+            shared.next.store(tasks, Ordering::Relaxed);
+        }
         // Closing the ticket keeps latecomers out; whoever is in finishes its task.
         let entered = (shared.ticket.fetch_and(!OPEN, Ordering::AcqRel) & (OPEN - 1)) as usize;
         let mut spins = 0u32;
@@ -248,7 +300,7 @@ impl Shared {
                     self.parked[index].store(false, Ordering::SeqCst);
                     return ticket;
                 }
-                std::thread::park();
+                thread::park();
             }
         }
     }
@@ -270,8 +322,138 @@ impl Shared {
 fn wait(spins: &mut u32) {
     *spins += 1;
     if (*spins).is_multiple_of(1 << 12) {
-        std::thread::yield_now();
+        thread::yield_now();
     } else {
         std::hint::spin_loop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+
+    /// Runs `tasks` tasks and checks that each ran once.
+    fn check(pool: &Pool, tasks: usize) {
+        let counts: Vec<AtomicU32> = (0..tasks).map(|_| AtomicU32::new(0)).collect();
+        pool.run(tasks, &|task| {
+            counts[task].fetch_add(1, Ordering::Relaxed);
+        });
+        let ran: Vec<u32> = counts
+            .iter()
+            .map(|count| count.load(Ordering::Relaxed))
+            .collect();
+        assert!(ran.iter().all(|&count| count == 1), "{ran:?}");
+    }
+
+    #[test]
+    fn every_task_runs_once() {
+        for threads in [1, 2, 3, 8] {
+            let pool = Pool::new(threads).unwrap();
+            assert_eq!(pool.threads(), threads);
+            for tasks in [0, 1, 2, 3, 7, 1000] {
+                check(&pool, tasks);
+            }
+        }
+    }
+
+    #[test]
+    fn thousands_of_jobs_follow_each_other() {
+        let pool = Pool::new(4).unwrap();
+        for _ in 0..20_000 {
+            check(&pool, 5);
+        }
+    }
+
+    #[test]
+    fn parked_workers_wake_for_the_next_job() {
+        let pool = Pool::new(3).unwrap();
+        for round in 0..300 {
+            // Around the moment at which workers stop spinning and park.
+            thread::sleep(SPIN + Duration::from_micros(round % 20));
+            // With a task each that waits for the others, the job needs every thread.
+            let here = AtomicUsize::new(0);
+            let start = Instant::now();
+            pool.run(3, &|_| {
+                here.fetch_add(1, Ordering::SeqCst);
+                while here.load(Ordering::SeqCst) < 3 && start.elapsed() < Duration::from_secs(20) {
+                    thread::yield_now();
+                }
+            });
+            assert_eq!(here.load(Ordering::SeqCst), 3);
+            assert!(
+                start.elapsed() < Duration::from_secs(20),
+                "a worker slept on"
+            );
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_works_on() {
+        let pool = Pool::new(3).unwrap();
+        for _ in 0..50 {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(100, &|task| assert!(task != 40, "task forty"));
+            }));
+            let payload = result.unwrap_err();
+            assert!(
+                payload
+                    .downcast_ref::<&str>()
+                    .is_some_and(|text| text.contains("forty"))
+            );
+            check(&pool, 64);
+        }
+    }
+
+    #[test]
+    fn callers_take_turns() {
+        let pool = Pool::new(2).unwrap();
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..500).for_each(|_| check(&pool, 16)));
+            }
+        });
+    }
+
+    #[test]
+    fn a_pool_ends_while_its_workers_are_parked_or_spin() {
+        for pause in [0, 1000] {
+            let pool = Pool::new(4).unwrap();
+            check(&pool, 10);
+            thread::sleep(Duration::from_micros(pause));
+            drop(pool);
+        }
+    }
+
+    #[test]
+    fn chunks_cover_a_slice_once() {
+        let pool = Pool::new(3).unwrap();
+        for (len, chunk) in [(0, 4), (1, 4), (8, 4), (103, 10), (5, 100)] {
+            let mut items = vec![0usize; len];
+            pool.chunks(&mut items, chunk, |index, part| {
+                assert!(part.len() == chunk || (index + 1) * chunk > len);
+                part.iter_mut().for_each(|item| *item += index + 1);
+            });
+            assert!(
+                items
+                    .iter()
+                    .enumerate()
+                    .all(|(at, &item)| item == at / chunk + 1)
+            );
+        }
+    }
+
+    #[test]
+    fn absurd_numbers_of_threads_are_refused() {
+        assert!(Pool::new(MAX_THREADS + 1).is_err());
+    }
+
+    #[test]
+    fn lists_of_cpus_are_read() {
+        assert_eq!(parse_cpu_list(" 0-2,5"), Some(vec![0, 1, 2, 5]));
+        assert_eq!(parse_cpu_list("7"), Some(vec![7]));
+        assert_eq!(parse_cpu_list("x"), None);
+        assert!(default_count() >= 1);
     }
 }

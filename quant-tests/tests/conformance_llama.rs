@@ -49,7 +49,7 @@ fn load(path: &Path, activations: ActivationMode) -> Arc<Engine> {
 /// Our logits on every chunk.
 fn ours<'a>(path: &Path, activations: ActivationMode, texts: &'a [Chunks]) -> Vec<Scored<'a>> {
     let engine = load(path, activations);
-    let mut session = engine.session(texts[0].context());
+    let mut session = engine.session(texts[0].context()).expect("the cache fits");
     let chunks = texts
         .iter()
         .flat_map(|text| (0..text.len()).map(move |i| (text, i)));
@@ -67,7 +67,7 @@ fn theirs<'a>(path: &Path, texts: &'a [Chunks]) -> Vec<Scored<'a>> {
         .flat_map(|text| (0..text.len()).map(move |i| (text, i)));
     chunks
         .map(|(text, i)| {
-            let mut logits = context.logits(&text.tokens(i), text.first());
+            let mut logits = context.logits(&text.tokens(i), text.scored().start);
             // What follows the last token is in the next chunk.
             logits.truncate(logits.len() - model.vocab_len());
             Scored::from_logits(text, i, logits)
@@ -82,7 +82,7 @@ fn decoded(path: &Path) -> ModelFile {
 }
 
 fn compare(model: &[Scored<'_>], base: &[Scored<'_>]) -> Tally {
-    let pool = Pool::new(1);
+    let pool = Pool::new(1).expect("a pool");
     let mut tally = Tally::default();
     for (model, base) in model.iter().zip(base) {
         tally.add(&pool, model, Some(base));

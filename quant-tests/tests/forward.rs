@@ -4,8 +4,11 @@
 use std::sync::Arc;
 
 use fewbit::engine::{ActivationMode, Engine, Options, Session};
-use fewbit::gguf::{TensorDecl, Value, names};
+use fewbit::gguf::{self, TensorDecl, Value, names};
+use fewbit::kernels::Kernels;
+use fewbit::model::{KvCache, Model, Slot, State, forward};
 use fewbit::quant::BlockType;
+use fewbit::threads::Pool;
 use quant_tests::fixture::{self, LANGUAGES, Parts};
 use safetensors::SafeTensors;
 
@@ -23,7 +26,7 @@ fn logits(engine: &Arc<Engine>, tokens: &[u32]) -> Vec<f32> {
 
 /// The same, the prompt cut at `cuts`.
 fn logits_in_parts(engine: &Arc<Engine>, tokens: &[u32], cuts: &[usize]) -> Vec<f32> {
-    let mut session: Session = engine.session(tokens.len());
+    let mut session: Session = engine.session(tokens.len()).unwrap();
     let mut all = Vec::new();
     let ends = cuts.iter().copied().chain([tokens.len()]);
     let mut start = 0;
@@ -125,12 +128,12 @@ fn a_rewound_session_goes_on_as_a_new_one() {
     let model = fixture::tiny_mixtral("Q8_0");
     let engine = model.load(&Options::default());
     let tokens = prompt(&engine, "es", 80);
-    let mut session = engine.session(80);
+    let mut session = engine.session(80).unwrap();
     session.feed(&tokens[..70]).unwrap();
     session.rewind(20);
     assert!(session.logits().is_empty());
     session.feed(&tokens[20..]).unwrap();
-    let mut fresh = engine.session(80);
+    let mut fresh = engine.session(80).unwrap();
     assert!(session.logits() == fresh.feed(&tokens).unwrap());
 }
 
@@ -343,7 +346,7 @@ fn a_missing_or_misshapen_tensor_is_named() {
 fn what_does_not_fit_is_refused_and_leaves_the_session_as_it_was() {
     let model = fixture::tiny_mixtral("Q4_0");
     let engine = model.load(&Options::default());
-    let mut session = engine.session(10);
+    let mut session = engine.session(10).unwrap();
     assert!(session.feed(&[]).unwrap_err().to_string().contains("empty"));
     assert!(
         session
@@ -362,4 +365,111 @@ fn what_does_not_fit_is_refused_and_leaves_the_session_as_it_was() {
     assert!(session.tokens().is_empty());
     session.feed(&[1, 2, 3]).unwrap();
     assert_eq!(session.tokens(), [1, 2, 3]);
+}
+
+/// Chat with several sessions at once gives each the bits that it would have alone.
+#[test]
+fn a_batch_of_several_timelines_changes_no_bit() {
+    let file = fixture::tiny_mixtral("Q4_K_M");
+    let gguf = gguf::read(&file.path).unwrap();
+    let model = Model::open(&gguf).unwrap();
+    let engine = file.load(&Options::default());
+    let (pool, kernels) = (Pool::new(2).unwrap(), Kernels::best());
+    let vocab = engine.shape().vocab;
+    let prompts =
+        [("en", 9), ("fr", 40), ("it", 1)].map(|(language, len)| prompt(&engine, language, len));
+
+    let mut state = State::new(&model.config);
+    let mut caches: Vec<KvCache> = prompts
+        .iter()
+        .map(|_| KvCache::new(&model.config, 64).unwrap())
+        .collect();
+    for tail in [&[5u32, 6][..], &[7]] {
+        // First the prompts together, then a few tokens more for each.
+        let tokens: Vec<&[u32]> = prompts
+            .iter()
+            .map(|prompt| {
+                if caches[0].len == 0 {
+                    &prompt[..]
+                } else {
+                    tail
+                }
+            })
+            .collect();
+        let before: Vec<usize> = caches.iter().map(|cache| cache.len).collect();
+        let slots = caches.iter_mut().zip(&tokens).map(|(cache, tokens)| Slot {
+            cache,
+            tokens,
+            logits_from: 0,
+        });
+        forward(&model, &pool, kernels, &mut state, slots.collect());
+        let mut together = state.logits.chunks_exact(vocab);
+        for ((prompt, tokens), before) in prompts.iter().zip(&tokens).zip(before) {
+            let whole = if before == 0 {
+                prompt.clone()
+            } else {
+                [prompt, *tokens].concat()
+            };
+            let alone = logits(&engine, &whole);
+            for row in alone.chunks_exact(vocab).skip(before) {
+                assert!(row == together.next().unwrap());
+            }
+        }
+    }
+}
+
+#[test]
+fn linear_scaling_brings_positions_together() {
+    let file = fixture::tiny_mixtral("F32");
+    let scaled = |factor: f32| {
+        let mut parts = Parts::read(&file.path);
+        parts
+            .metadata
+            .insert("llama.rope.scaling.type", Value::String("linear".into()));
+        parts
+            .metadata
+            .insert("llama.rope.scaling.factor", Value::F32(factor));
+        let engine = parts.write().load(&exact());
+        logits(&engine, &prompt(&engine, "en", 40))
+    };
+    // Divided by 10⁹, all positions are one; divided by less, they are less so.
+    let one = scaled(1e9);
+    let [far, near] = [1.0, 4096.0].map(|factor| max_difference(&scaled(factor), &one));
+    assert!(far > 0.5 && near < 0.05, "{far} {near}");
+}
+
+#[test]
+fn damaged_weights_are_named_and_not_sampled_from() {
+    let file = fixture::tiny_mixtral("F32");
+    let mut parts = Parts::read(&file.path);
+    parts.tensor(names::OUTPUT_NORM).1[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    let file = parts.write();
+    let engine = file.load(&Options::default());
+    let mut session = engine.session(8).unwrap();
+    let error = session.feed(&[1, 5]).unwrap_err().to_string();
+    assert!(
+        error.contains("variant.gguf") && error.contains("--check"),
+        "{error}"
+    );
+    assert!(session.tokens().is_empty());
+}
+
+#[test]
+fn a_context_takes_memory_only_as_it_fills_and_an_absurd_one_is_refused() {
+    let file = fixture::tiny_mixtral("F16");
+    let engine = file.load(&Options::default());
+    let resident = || {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+    };
+    let before = resident();
+    // 1.5 KiB a token.
+    let mut session = engine.session(1 << 20).unwrap();
+    session.feed(&[1, 2, 3]).unwrap();
+    let taken = resident().saturating_sub(before);
+    assert!(taken < 200 << 20, "{taken} bytes for three tokens");
+    for context in [1 << 50, usize::MAX] {
+        let error = engine.session(context).err().unwrap().to_string();
+        assert!(error.contains("--ctx"), "{error}");
+    }
 }

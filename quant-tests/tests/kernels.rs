@@ -94,7 +94,9 @@ impl Weights {
 
 fn activations(kernels: &Kernels, x: &[f32]) -> Activations {
     let mut activations = Activations::new(1, x.len());
-    activations.fill(&Pool::new(1), kernels, 1, |_, row| row.copy_from_slice(x));
+    activations.fill(&Pool::new(1).unwrap(), kernels, 1, |_, row| {
+        row.copy_from_slice(x)
+    });
     activations
 }
 
@@ -251,7 +253,7 @@ fn a_row_has_the_same_bits_in_any_company() {
                 for kernels in [*table, table.exact()] {
                     let together = dots(&kernels, weights.rows(), x.row(0));
                     for start in 0..11 {
-                        for end in start..11 {
+                        for end in start..=11 {
                             let some = dots(&kernels, weights.rows().slice(start..end), x.row(0));
                             let same = some
                                 .iter()

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use serde_json::json;
 
-use super::common::{ModelArgs, file_type, peak_rss_bytes, print_json};
+use super::common::{ModelArgs, file_type, peak_rss_bytes, print_json, reset_peak_rss};
 use crate::bench::{Test, Times};
 use crate::kernels::limits::Limits;
 use crate::plan::{Group, Sizes};
@@ -15,13 +15,13 @@ pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
     /// Tokens of the prompt test; 0 for none
-    #[arg(short = 'p', long, value_name = "N", default_value_t = 512)]
+    #[arg(short = 'p', long, value_name = "N", default_value_t = 512, value_parser = tokens)]
     prompt: usize,
     /// Tokens of the decode test; 0 for none
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 64)]
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 64, value_parser = tokens)]
     generate: usize,
     /// Tokens in the context before the decode test
-    #[arg(short, long, value_name = "N", default_value_t = 0)]
+    #[arg(short, long, value_name = "N", default_value_t = 0, value_parser = tokens)]
     depth: usize,
     /// Repetitions; the median counts
     #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
@@ -29,6 +29,15 @@ pub struct Args {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+}
+
+/// A number of tokens that a test may have.
+fn tokens(text: &str) -> Result<usize, String> {
+    const MAX: usize = 1 << 24;
+    let tokens = text.parse().map_err(|error| format!("{error}"))?;
+    (tokens <= MAX)
+        .then_some(tokens)
+        .ok_or_else(|| format!("at most {MAX} tokens"))
 }
 
 /// Runs the command.
@@ -44,11 +53,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         },
     ];
     let before = Limits::measure(engine.pool());
+    // The measurement's own buffer is not the model's.
+    reset_peak_rss();
     let times = tests
         .into_iter()
         .filter(|test| test.tokens() > 0)
         .map(|test| Times::measure(&engine, test, usize::from(args.repetitions)))
         .collect::<Result<Vec<_>, _>>()?;
+    let peak_rss = peak_rss_bytes();
     let limits = before.best(Limits::measure(engine.pool()));
 
     let rows: Vec<Row> = times
@@ -64,7 +76,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "kernels": engine.kernels(),
             "limits": {"read_gb_s": limits.read_gb_s, "int8_gop_s": limits.int8_gop_s},
             "results": results,
-            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_rss_bytes": peak_rss,
         }));
     }
     let mut out = std::io::stdout().lock();
@@ -119,10 +131,10 @@ impl Row {
         let (tok_s, range, test) = (times.tok_s(), times.tok_s_range(), times.test.to_string());
         match times.test {
             Test::Prompt(tokens) => {
+                let params = |group| sizes.group(group).params as f64;
                 let head = head_params(sizes) as f64;
-                let body = sizes.params_active() as f64
-                    - head
-                    - sizes.group(Group::Embedding).params as f64;
+                let body =
+                    sizes.params_active() as f64 - params(Group::Embedding) - params(Group::Output);
                 let gop_s = 2.0 * (body + head / tokens as f64) * tok_s / 1e9;
                 Self {
                     test,

@@ -117,7 +117,7 @@ impl Chat {
         };
         let messages: Vec<_> = args.system.iter().map(Message::system).collect();
         Ok(Self {
-            session: engine.session(args.ctx),
+            session: engine.session(args.ctx)?,
             sampler: Sampler::new(args.sampling.settings()),
             template,
             kept: messages.len(),

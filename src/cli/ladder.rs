@@ -101,11 +101,14 @@ fn score_text(
     text: &Path,
 ) -> anyhow::Result<Vec<Column>> {
     let chunks = chunks_of(models[0].tokenizer(), text, args.ctx, args.chunks)?;
-    let mut base = base.map(|base| base.session(args.ctx));
-    let mut sessions: Vec<_> = models.iter().map(|model| model.session(args.ctx)).collect();
+    let mut base = base.map(|base| base.session(args.ctx)).transpose()?;
+    let mut sessions: Vec<_> = models
+        .iter()
+        .map(|model| model.session(args.ctx))
+        .collect::<Result<_, _>>()?;
     let mut tallies: Vec<_> = models.iter().map(|_| Tally::default()).collect();
-    let bar = progress(chunks.len(), &text.display().to_string());
-    for index in 0..chunks.len() {
+    let bar = progress(chunks.parts(), &text.display().to_string());
+    for index in 0..chunks.parts() {
         let base = base
             .as_mut()
             .map(|base| score(base, &chunks, index))

@@ -43,11 +43,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let chunks = chunks_of(engine.tokenizer(), &args.text, args.ctx, args.chunks)?;
 
-    let mut session = engine.session(args.ctx);
-    let mut base_session = base.as_ref().map(|base| base.session(args.ctx));
+    let mut session = engine.session(args.ctx)?;
+    let mut base_session = base
+        .as_ref()
+        .map(|base| base.session(args.ctx))
+        .transpose()?;
     let mut tally = Tally::default();
-    let bar = progress(chunks.len(), "chunks");
-    for index in 0..chunks.len() {
+    let bar = progress(chunks.parts(), "chunks");
+    for index in 0..chunks.parts() {
         let scored = score(&mut session, &chunks, index)?;
         let base = base_session
             .as_mut()

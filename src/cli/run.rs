@@ -48,7 +48,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let room = args.ctx.saturating_sub(tokens.len());
     let limit = args.n.unwrap_or(room).min(room);
 
-    let mut session = engine.session(args.ctx);
+    let mut session = engine.session(args.ctx)?;
     let mut sampler = Sampler::new(args.sampling.settings());
     let start = Instant::now();
     session.feed(&tokens)?;

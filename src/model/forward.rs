@@ -66,12 +66,17 @@ pub fn forward(
             position: cache.len + index,
         }));
         tokens.extend_from_slice(new);
-        cache.len += new.len();
-        assert!(cache.len <= cache.capacity(), "the cache is full");
+        assert!(
+            cache.len + new.len() <= cache.capacity(),
+            "the cache is full"
+        );
         caches.push(cache);
     }
     let n = rows.len();
     assert!(n <= s.batch, "a batch of {n} tokens where {} fit", s.batch);
+    for row in &rows {
+        caches[row.slot].len = row.position + 1;
+    }
 
     // x [n, hidden] = rows of the embedding
     pool.chunks(&mut s.x[..n * hidden], hidden, |t, x| {

@@ -1,17 +1,23 @@
 //! What a forward pass writes: the KV cache of a timeline, and scratch.
 
+use std::ops::Range;
+
 use half::f16;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use memmap2::MmapMut;
 
 use super::Config;
 use crate::kernels::Activations;
 use crate::kernels::experts::Routes;
+use crate::plan::PROMPT_BATCH;
 
 /// Keys and values of one timeline, f16, rotated already.
 ///
 /// `[layer][kv_head][position][head_dim]`, so that a head's keys lie side by side.
 pub struct KvCache {
-    k: Vec<f16>,
-    v: Vec<f16>,
+    /// Bits of f16, in anonymous pages: the system provides one when it is first written.
+    k: MmapMut,
+    v: MmapMut,
     capacity: usize,
     kv_heads: usize,
     head_dim: usize,
@@ -20,19 +26,31 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// An empty cache for `capacity` positions. Memory is touched only as positions are used.
-    pub fn new(config: &Config, capacity: usize) -> Self {
+    /// An empty cache for `capacity` positions.
+    ///
+    /// # Errors
+    /// When the system has no room for it.
+    pub fn new(config: &Config, capacity: usize) -> std::io::Result<Self> {
         let shape = &config.shape;
-        let size = shape.layers * shape.kv_heads * shape.head_dim * capacity;
-        let (kv_heads, head_dim) = (shape.kv_heads, shape.head_dim);
-        Self {
-            k: vec![f16::ZERO; size],
-            v: vec![f16::ZERO; size],
+        let extents = [
+            shape.layers,
+            shape.kv_heads,
+            shape.head_dim,
+            size_of::<f16>(),
+        ];
+        let bytes = extents
+            .into_iter()
+            .try_fold(capacity, usize::checked_mul)
+            .filter(|&bytes| bytes <= isize::MAX as usize)
+            .ok_or(std::io::ErrorKind::OutOfMemory)?;
+        Ok(Self {
+            k: MmapMut::map_anon(bytes.max(1))?,
+            v: MmapMut::map_anon(bytes.max(1))?,
             capacity,
-            kv_heads,
-            head_dim,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
             len: 0,
-        }
+        })
     }
 
     /// Positions that fit.
@@ -40,35 +58,48 @@ impl KvCache {
         self.capacity
     }
 
-    fn at(&self, layer: usize, head: usize, position: usize) -> usize {
-        ((layer * self.kv_heads + head) * self.capacity + position) * self.head_dim
+    /// The bytes of a head's vector at `position`, the same in both maps.
+    fn at(&self, layer: usize, head: usize, position: usize) -> Range<usize> {
+        assert!(position < self.capacity);
+        let vector = (layer * self.kv_heads + head) * self.capacity + position;
+        let bytes = self.head_dim * size_of::<f16>();
+        vector * bytes..(vector + 1) * bytes
     }
 
     /// Stores the key and value of all heads (`kv_heads · head_dim` each) at `position`.
     pub(super) fn store(&mut self, layer: usize, position: usize, k: &[f32], v: &[f32]) {
-        use half::slice::HalfFloatSliceExt;
         let heads = k
             .chunks_exact(self.head_dim)
             .zip(v.chunks_exact(self.head_dim));
         for (head, (k, v)) in heads.enumerate() {
             let at = self.at(layer, head, position);
-            self.k[at..at + self.head_dim].convert_from_f32_slice(k);
-            self.v[at..at + self.head_dim].convert_from_f32_slice(v);
+            halves_mut(&mut self.k[at.clone()]).convert_from_f32_slice(k);
+            halves_mut(&mut self.v[at]).convert_from_f32_slice(v);
         }
     }
 
     /// The key at `position`.
     pub(super) fn key(&self, layer: usize, head: usize, position: usize) -> &[f16] {
-        let at = self.at(layer, head, position);
-        &self.k[at..at + self.head_dim]
+        halves(&self.k[self.at(layer, head, position)])
     }
 
     /// The value at `position`.
     pub(super) fn value(&self, layer: usize, head: usize, position: usize) -> &[f16] {
-        let at = self.at(layer, head, position);
-        &self.v[at..at + self.head_dim]
+        halves(&self.v[self.at(layer, head, position)])
     }
 }
+
+/// Mapped bytes as f16; pages are aligned, and vectors start at even offsets.
+fn halves(bytes: &[u8]) -> &[f16] {
+    bytemuck::cast_slice::<u8, u16>(bytes).reinterpret_cast()
+}
+
+fn halves_mut(bytes: &mut [u8]) -> &mut [f16] {
+    bytemuck::cast_slice_mut::<u8, u16>(bytes).reinterpret_cast_mut()
+}
+
+/// What scratch may take; no model of the family comes near.
+const SCRATCH_LIMIT: u64 = 768 << 20;
 
 /// Scratch of the forward pass, allocated once for batches of up to `batch` tokens.
 pub struct State {
@@ -103,9 +134,12 @@ pub struct State {
 }
 
 impl State {
-    /// Scratch for up to `batch` tokens a pass.
-    pub fn new(config: &Config, batch: usize) -> Self {
+    /// Scratch for up to [`PROMPT_BATCH`] tokens a pass; for fewer where that would pass
+    /// [`SCRATCH_LIMIT`].
+    pub fn new(config: &Config) -> Self {
         let shape = &config.shape;
+        let batch =
+            (SCRATCH_LIMIT / shape.scratch_bytes_a_token()).clamp(1, PROMPT_BATCH as u64) as usize;
         let (q_dim, kv_dim) = (
             shape.heads * shape.head_dim,
             shape.kv_heads * shape.head_dim,
