@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::gguf::{self, Gguf};
 use crate::kernels::Kernels;
-use crate::model::{self, KvCache, Model, Slot, State, forward};
+use crate::model::{self, KvCache, KvKind, Model, Slot, State, forward};
 use crate::plan;
 use crate::threads::{self, Pool};
 use crate::tokenizer::{self, Tokenizer};
@@ -102,7 +102,7 @@ pub enum ActivationMode {
     /// As 8-bit codes with one scale for 32: fast.
     #[default]
     Int8,
-    /// In f32, weights decoded: the exact reference, slow.
+    /// In f32, weights decoded, keys and values in f32 too: the exact reference, slow.
     F32,
 }
 
@@ -127,6 +127,8 @@ pub struct Engine {
     pool: Pool,
     /// Tokens that go through the model in one pass.
     batch: usize,
+    /// How sessions keep keys and values.
+    kv: KvKind,
     state: Mutex<State>,
 }
 
@@ -159,6 +161,11 @@ impl Engine {
             let file = path.to_owned();
             return Err(Error::Vocabulary { file, tokens, rows });
         }
+        // What runs exactly, or has no rounding of its own, keeps keys and values exactly too.
+        let kv = match options.activations == ActivationMode::F32 || model.weights.are_f32() {
+            true => KvKind::F32,
+            false => KvKind::F16,
+        };
         let state = State::new(&model.config);
         let batch = state.batch;
         let threads = options.threads.unwrap_or_else(threads::default_count);
@@ -171,6 +178,7 @@ impl Engine {
             kernels,
             pool,
             batch,
+            kv,
             state: Mutex::new(state),
         }))
     }
@@ -215,11 +223,12 @@ impl Engine {
     /// # Errors
     /// When there is no memory for its KV cache.
     pub fn session(self: &Arc<Self>, context: usize) -> Result<Session, Error> {
-        let cache = KvCache::new(&self.model.config, context).map_err(|source| Error::NoRoom {
-            context,
-            bytes: self.shape().kv_bytes(context, size_of::<half::f16>()),
-            source,
-        })?;
+        let cache =
+            KvCache::new(&self.model.config, self.kv, context).map_err(|source| Error::NoRoom {
+                context,
+                bytes: self.shape().kv_bytes(context, self.kv.bytes()),
+                source,
+            })?;
         Ok(Session {
             cache,
             tokens: Vec::new(),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use fewbit::engine::{ActivationMode, Engine, Options, Session};
 use fewbit::gguf::{self, TensorDecl, Value, names};
 use fewbit::kernels::Kernels;
-use fewbit::model::{KvCache, Model, Slot, State, forward};
+use fewbit::model::{KvCache, KvKind, Model, Slot, State, forward};
 use fewbit::quant::BlockType;
 use fewbit::threads::Pool;
 use quant_tests::fixture::{self, LANGUAGES, Parts};
@@ -382,7 +382,7 @@ fn a_batch_of_several_timelines_changes_no_bit() {
     let mut state = State::new(&model.config);
     let mut caches: Vec<KvCache> = prompts
         .iter()
-        .map(|_| KvCache::new(&model.config, 64).unwrap())
+        .map(|_| KvCache::new(&model.config, KvKind::F16, 64).unwrap())
         .collect();
     for tail in [&[5u32, 6][..], &[7]] {
         // First the prompts together, then a few tokens more for each.

@@ -36,6 +36,18 @@ pub struct Activation<'a> {
     pub sums: &'a [i16],
 }
 
+impl<'a> Activation<'a> {
+    /// A row that only meets F32, F16 and BF16 rows.
+    pub fn in_f32(x: &'a [f32]) -> Self {
+        Self {
+            x,
+            q: &[],
+            scales: &[],
+            sums: &[],
+        }
+    }
+}
+
 /// Rows of activations, all of the same number of columns, in storage allocated once.
 pub struct Activations {
     cols: usize,
@@ -80,12 +92,7 @@ impl Activations {
         assert!(index < self.rows);
         let span = |len: usize| index * len..(index + 1) * len;
         if self.q.is_empty() {
-            return Activation {
-                x: &self.x[span(self.cols)],
-                q: &[],
-                scales: &[],
-                sums: &[],
-            };
+            return Activation::in_f32(&self.x[span(self.cols)]);
         }
         Activation {
             x: &self.x[span(self.cols)],

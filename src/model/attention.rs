@@ -1,7 +1,11 @@
 //! Attention of one batch over the KV caches of its slots.
 
+use half::slice::HalfBitsSliceExt;
+
 use super::{Config, KvCache, Row};
-use crate::kernels::Kernels;
+use crate::kernels::{Activation, Kernels};
+use crate::quant::BlockType;
+use crate::tensor::Rows;
 use crate::threads::Pool;
 
 /// Positions of a block of the online softmax. Blocks lie at absolute positions, so that a
@@ -55,19 +59,37 @@ pub(super) fn attend(
             {
                 let mut scores = [0.0; BLOCK];
                 let scores = &mut scores[..positions.len()];
-                for (score, position) in scores.iter_mut().zip(positions.clone()) {
-                    *score = (kernels.dot_f16)(query, cache.key(layer, kv_head, position)) * scale;
-                }
+                let keys = cache.keys(layer, kv_head, positions.clone());
+                kernels.dot_rows(keys, Activation::in_f32(query), scores);
+                scores.iter_mut().for_each(|score| *score *= scale);
                 heads[head].absorb(scores, out);
-                for (weight, position) in scores.iter().zip(positions.clone()) {
-                    (kernels.axpy_f16)(*weight, cache.value(layer, kv_head, position), out);
-                }
+                let values = cache.values(layer, kv_head, positions.clone());
+                add_weighted(kernels, scores, values, out);
             }
         }
         for (head, out) in heads.iter().zip(mixed.chunks_exact_mut(dim)) {
             out.iter_mut().for_each(|out| *out /= head.sum);
         }
     });
+}
+
+/// `out += Σ weights[p] · values[p]`, in the order of the positions.
+fn add_weighted(kernels: &Kernels, weights: &[f32], values: Rows<'_>, out: &mut [f32]) {
+    for (position, &weight) in weights.iter().enumerate() {
+        let value = values.row(position);
+        match values.kind {
+            BlockType::F16 => {
+                let bits: &[u16] = bytemuck::cast_slice(value);
+                (kernels.axpy_f16)(weight, bits.reinterpret_cast(), out);
+            }
+            _ => {
+                let value: &[f32] = bytemuck::cast_slice(value);
+                out.iter_mut()
+                    .zip(value)
+                    .for_each(|(out, value)| *out += weight * value);
+            }
+        }
+    }
 }
 
 /// The running maximum and sum of a softmax that sees its scores a block at a time.

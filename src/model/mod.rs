@@ -12,7 +12,7 @@ use std::path::PathBuf;
 pub use config::{Config, RopeConfig};
 use forward::Row;
 pub use forward::{Slot, forward};
-pub use state::{KvCache, State};
+pub use state::{KvCache, KvKind, State};
 pub use weights::{Layer, Weights};
 
 use crate::gguf::{self, Gguf};

@@ -10,14 +10,42 @@ use super::Config;
 use crate::kernels::Activations;
 use crate::kernels::experts::Routes;
 use crate::plan::PROMPT_BATCH;
+use crate::quant::BlockType;
+use crate::tensor::Rows;
 
-/// Keys and values of one timeline, f16, rotated already.
+/// How keys and values are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvKind {
+    /// In 16 bits, as every engine of the family does.
+    F16,
+    /// In 32 bits, for exact references.
+    F32,
+}
+
+impl KvKind {
+    /// The type of a row of values.
+    fn block_type(self) -> BlockType {
+        match self {
+            Self::F16 => BlockType::F16,
+            Self::F32 => BlockType::F32,
+        }
+    }
+
+    /// Bytes of a value.
+    pub fn bytes(self) -> usize {
+        self.block_type().block_bytes()
+    }
+}
+
+/// Keys and values of one timeline, keys rotated already.
 ///
-/// `[layer][kv_head][position][head_dim]`, so that a head's keys lie side by side.
+/// `[layer][kv_head][position][head_dim]`, so that a head's keys are rows that follow each
+/// other, as kernels want them.
 pub struct KvCache {
-    /// Bits of f16, in anonymous pages: the system provides one when it is first written.
+    /// Anonymous pages: the system provides one when it is first written.
     k: MmapMut,
     v: MmapMut,
+    kind: KvKind,
     capacity: usize,
     kv_heads: usize,
     head_dim: usize,
@@ -30,14 +58,9 @@ impl KvCache {
     ///
     /// # Errors
     /// When the system has no room for it.
-    pub fn new(config: &Config, capacity: usize) -> std::io::Result<Self> {
+    pub fn new(config: &Config, kind: KvKind, capacity: usize) -> std::io::Result<Self> {
         let shape = &config.shape;
-        let extents = [
-            shape.layers,
-            shape.kv_heads,
-            shape.head_dim,
-            size_of::<f16>(),
-        ];
+        let extents = [shape.layers, shape.kv_heads, shape.head_dim, kind.bytes()];
         let bytes = extents
             .into_iter()
             .try_fold(capacity, usize::checked_mul)
@@ -46,6 +69,7 @@ impl KvCache {
         Ok(Self {
             k: MmapMut::map_anon(bytes.max(1))?,
             v: MmapMut::map_anon(bytes.max(1))?,
+            kind,
             capacity,
             kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
@@ -58,12 +82,12 @@ impl KvCache {
         self.capacity
     }
 
-    /// The bytes of a head's vector at `position`, the same in both maps.
-    fn at(&self, layer: usize, head: usize, position: usize) -> Range<usize> {
-        assert!(position < self.capacity);
-        let vector = (layer * self.kv_heads + head) * self.capacity + position;
-        let bytes = self.head_dim * size_of::<f16>();
-        vector * bytes..(vector + 1) * bytes
+    /// The bytes of a head's vectors at `positions`, the same in both maps.
+    fn at(&self, layer: usize, head: usize, positions: Range<usize>) -> Range<usize> {
+        assert!(positions.end <= self.capacity);
+        let vector = (layer * self.kv_heads + head) * self.capacity;
+        let bytes = self.head_dim * self.kind.bytes();
+        (vector + positions.start) * bytes..(vector + positions.end) * bytes
     }
 
     /// Stores the key and value of all heads (`kv_heads · head_dim` each) at `position`.
@@ -72,30 +96,33 @@ impl KvCache {
             .chunks_exact(self.head_dim)
             .zip(v.chunks_exact(self.head_dim));
         for (head, (k, v)) in heads.enumerate() {
-            let at = self.at(layer, head, position);
-            halves_mut(&mut self.k[at.clone()]).convert_from_f32_slice(k);
-            halves_mut(&mut self.v[at]).convert_from_f32_slice(v);
+            let at = self.at(layer, head, position..position + 1);
+            for (map, x) in [(&mut self.k, k), (&mut self.v, v)] {
+                let bytes = &mut map[at.clone()];
+                match self.kind {
+                    KvKind::F16 => {
+                        let bits: &mut [u16] = bytemuck::cast_slice_mut(bytes);
+                        bits.reinterpret_cast_mut::<f16>().convert_from_f32_slice(x);
+                    }
+                    KvKind::F32 => bytes.copy_from_slice(bytemuck::cast_slice(x)),
+                }
+            }
         }
     }
 
-    /// The key at `position`.
-    pub(super) fn key(&self, layer: usize, head: usize, position: usize) -> &[f16] {
-        halves(&self.k[self.at(layer, head, position)])
+    /// A head's keys at `positions`.
+    pub(super) fn keys(&self, layer: usize, head: usize, positions: Range<usize>) -> Rows<'_> {
+        self.rows(&self.k[self.at(layer, head, positions)])
     }
 
-    /// The value at `position`.
-    pub(super) fn value(&self, layer: usize, head: usize, position: usize) -> &[f16] {
-        halves(&self.v[self.at(layer, head, position)])
+    /// A head's values at `positions`.
+    pub(super) fn values(&self, layer: usize, head: usize, positions: Range<usize>) -> Rows<'_> {
+        self.rows(&self.v[self.at(layer, head, positions)])
     }
-}
 
-/// Mapped bytes as f16; pages are aligned, and vectors start at even offsets.
-fn halves(bytes: &[u8]) -> &[f16] {
-    bytemuck::cast_slice::<u8, u16>(bytes).reinterpret_cast()
-}
-
-fn halves_mut(bytes: &mut [u8]) -> &mut [f16] {
-    bytemuck::cast_slice_mut::<u8, u16>(bytes).reinterpret_cast_mut()
+    fn rows<'a>(&self, bytes: &'a [u8]) -> Rows<'a> {
+        Rows::new(self.kind.block_type(), self.head_dim, bytes).expect("whole vectors")
+    }
 }
 
 /// What scratch may take; no model of the family comes near.

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use super::{Config, Error};
 use crate::experts::{Expert, Experts};
 use crate::gguf::{Gguf, TensorInfo, names};
+use crate::quant::BlockType;
 use crate::tensor::{Mapped, Matrix};
 
 /// The weights of a model.
@@ -106,6 +107,18 @@ impl Weights {
         };
         bind.finish()?;
         Ok(weights)
+    }
+
+    /// Whether no matrix is rounded below 32 bits.
+    pub fn are_f32(&self) -> bool {
+        let layers = self
+            .layers
+            .iter()
+            .flat_map(|layer| [&layer.q, &layer.k, &layer.v, &layer.o]);
+        let experts = (0..self.layers.len()).flat_map(|layer| self.experts.layer(layer));
+        layers
+            .chain(experts.flat_map(|expert| [&expert.gate, &expert.up, &expert.down]))
+            .all(|matrix| matrix.kind == BlockType::F32)
     }
 }
 
