@@ -256,9 +256,24 @@ impl Tally {
             .map(|position| (-position.nll).exp() - (-position.base_nll).exp())
             .collect();
         dp.sort_by(f64::total_cmp);
-        let squares = dp.iter().map(|dp| dp * dp).sum::<f64>() / dp.len() as f64;
+        let nll = Estimate::of_mean(positions.iter().map(|position| position.nll));
+        let base_nll = Estimate::of_mean(positions.iter().map(|position| position.base_nll));
+        let (ppl, base) = (nll.exp(), base_nll.exp());
+        // Covariance of the two means.
+        let covariance = positions
+            .iter()
+            .map(|position| (position.nll - nll.value) * (position.base_nll - base_nll.value))
+            .sum::<f64>()
+            / (positions.len() as f64 * (positions.len() as f64 - 1.0));
+        let variance = ppl.se.powi(2) + base.se.powi(2) - 2.0 * ppl.value * base.value * covariance;
         Divergence {
-            base: perplexity(positions.iter().map(|position| position.base_nll)),
+            base,
+            ppl_difference: Estimate {
+                value: ppl.value - base.value,
+                // Rounding can leave a zero below zero; `max` would swallow a NaN.
+                se: if variance < 0.0 { 0.0 } else { variance.sqrt() },
+            },
+            correlation: covariance / (nll.se * base_nll.se),
             ln_ratio: Estimate::of_mean(
                 positions
                     .iter()
@@ -266,7 +281,6 @@ impl Tally {
             ),
             kld: Estimate::of_mean(kld.iter().copied()),
             dp: Estimate::of_mean(dp.iter().copied()),
-            dp_rms: squares.sqrt(),
             same_top: positions
                 .iter()
                 .filter(|position| position.same_top)
@@ -282,14 +296,17 @@ impl Tally {
 pub struct Divergence {
     /// The base's perplexity on the same tokens.
     pub base: Estimate,
+    /// PPL − PPL of the base; the error is propagated to first order, their covariance included.
+    pub ppl_difference: Estimate,
+    /// Correlation of the two mean NLLs, which is that of ln PPL and ln PPL of the base; NaN
+    /// where either does not vary.
+    pub correlation: f64,
     /// Mean of ln(PPL / PPL of the base), with the error of paired differences.
     pub ln_ratio: Estimate,
     /// KL(base ‖ model), in nats.
     pub kld: Estimate,
     /// Mean change of the true token's probability.
     pub dp: Estimate,
-    /// Root of the mean square of that change.
-    pub dp_rms: f64,
     /// Share of positions at which both rank the same token first.
     pub same_top: f64,
     kld_sorted: Vec<f64>,
@@ -297,6 +314,31 @@ pub struct Divergence {
 }
 
 impl Divergence {
+    /// PPL / PPL of the base.
+    pub fn ppl_ratio(&self) -> Estimate {
+        self.ln_ratio.exp()
+    }
+
+    /// The root of the mean of Δp², and its error: that of the mean, propagated through the root.
+    pub fn dp_rms(&self) -> Estimate {
+        let mean = Estimate::of_mean(self.dp_sorted.iter().map(|dp| dp * dp));
+        let rms = mean.value.sqrt();
+        Estimate {
+            value: rms,
+            se: mean.se / (2.0 * rms),
+        }
+    }
+
+    /// The share of positions at which both rank the same token first, with the error of a
+    /// share, `√(p · (1 − p) / (n − 1))`.
+    pub fn same_top_estimate(&self) -> Estimate {
+        let (share, n) = (self.same_top, self.dp_sorted.len() as f64);
+        Estimate {
+            value: share,
+            se: (share * (1.0 - share) / (n - 1.0)).sqrt(),
+        }
+    }
+
     /// The divergence that the share `fraction` of positions stays below.
     pub fn kld_percentile(&self, fraction: f64) -> f64 {
         percentile(&self.kld_sorted, fraction)
@@ -322,7 +364,7 @@ impl Divergence {
             ("kld_p999", self.kld_percentile(0.999)),
             ("kld_max", self.kld_percentile(1.0)),
             ("dp_mean", self.dp.value),
-            ("dp_rms", self.dp_rms),
+            ("dp_rms", self.dp_rms().value),
             ("same_top", self.same_top),
         ];
         figures
@@ -356,15 +398,19 @@ impl Estimate {
             },
         }
     }
+
+    /// `exp` of the value, the error propagated to first order.
+    fn exp(self) -> Self {
+        let value = self.value.exp();
+        Self {
+            value,
+            se: value * self.se,
+        }
+    }
 }
 
 fn perplexity(nll: impl Iterator<Item = f64> + Clone) -> Estimate {
-    let mean = Estimate::of_mean(nll);
-    let ppl = mean.value.exp();
-    Estimate {
-        value: ppl,
-        se: ppl * mean.se,
-    }
+    Estimate::of_mean(nll).exp()
 }
 
 /// Linear interpolation between the sorted values around `fraction · (n − 1)`.

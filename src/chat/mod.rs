@@ -214,6 +214,23 @@ impl Template {
         Ok(ids)
     }
 
+    /// The white space (ASCII) that the template writes between a prompt and its answer. A
+    /// model has learnt to begin with it; the answer itself begins after it. Empty where none
+    /// is written or the template does not tell.
+    pub fn lead(&self) -> String {
+        let asked = [Message::user("?")];
+        let answered = [Message::user("?"), Message::assistant("!")];
+        let (Ok(prompt), Ok(text)) = (self.render(&asked), self.render(&answered)) else {
+            return String::new();
+        };
+        let rest = text.strip_prefix(&prompt).unwrap_or_default();
+        let lead = rest.split('!').next().unwrap_or_default();
+        match lead.bytes().all(|byte| byte.is_ascii_whitespace()) {
+            true => lead.to_owned(),
+            false => String::new(),
+        }
+    }
+
     fn failed(&self, error: &minijinja::Error) -> Error {
         Error::Failed {
             name: self.name.clone(),

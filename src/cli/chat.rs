@@ -1,36 +1,47 @@
 //! `fewbit chat`: a conversation in the terminal.
 
-use std::io::{BufRead, IsTerminal, Write};
-use std::path::Path;
+mod input;
+mod interrupt;
+
+use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::Context;
-use rustyline::error::ReadlineError;
 
-use super::common::{ModelArgs, SamplingArgs};
+use super::common::{
+    ModelArgs, STDOUT, SamplingArgs, at_least, context_of, file_stem, note, speed,
+};
 use crate::chat::{Message, Style, Template};
-use crate::engine::{Engine, Session};
+use crate::engine::{self, Engine, Session};
+use crate::plan::PROMPT_BATCH;
 use crate::sampler::{Generation, Sampler};
+use crate::tokenizer::{TokenKind, Tokenizer};
+use input::Input;
+use interrupt::Interrupt;
 
 /// Options of `fewbit chat`.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// Context: tokens of the whole conversation
-    #[arg(short, long, value_name = "N", default_value_t = 4096)]
-    ctx: usize,
+    /// Context: tokens of the whole conversation [default: 4096, or what the model was trained for if that is less]
+    #[arg(short, long, visible_alias = "ctx-size", value_name = "N", allow_negative_numbers = true, value_parser = at_least(1))]
+    ctx: Option<usize>,
     /// Tokens of an answer at most [default: until the context is full]
-    #[arg(short, long, value_name = "TOKENS")]
+    #[arg(
+        short,
+        long = "predict",
+        visible_alias = "n-predict",
+        value_name = "TOKENS"
+    )]
     n: Option<usize>,
     /// System message at the head of the conversation
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, visible_alias = "system-prompt", value_name = "TEXT")]
     system: Option<String>,
     /// Chat template by name, instead of the file's own
-    #[arg(long, value_name = "NAME")]
-    template: Option<String>,
+    #[arg(long, visible_alias = "chat-template", value_name = "NAME", value_parser = style)]
+    template: Option<Style>,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
@@ -41,22 +52,23 @@ const HELP: &str = "\
 /help    this list
 Ctrl-C   stops an answer";
 
+fn style(name: &str) -> Result<Style, String> {
+    Style::named(name).ok_or_else(|| format!("there are: {}", Style::names()))
+}
+
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let engine = args.model.load()?;
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&interrupted);
-    ctrlc::set_handler(move || flag.store(true, Ordering::SeqCst))
-        .context("cannot catch Ctrl-C")?;
-
     let mut input = Input::new()?;
-    let mut chat = Chat::new(&args, &engine, interrupted)?;
-    if let Input::Terminal(_) = input {
-        println!(
-            "{}: {} template. /help lists what can be typed.",
-            name(args.model.path()),
-            chat.template.name()
-        );
+    let at_terminal = input.is_terminal();
+    let interrupt = Interrupt::install(!at_terminal)?;
+    let mut chat = Chat::new(&args, &engine, interrupt)?;
+    if at_terminal {
+        let name = file_stem(args.model.path());
+        let template = chat.template.name();
+        say(&format!(
+            "{name}: {template} template. /help lists what can be typed."
+        ))?;
     }
     while let Some(line) = input.read()? {
         match line.trim() {
@@ -64,23 +76,34 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "/quit" | "/exit" => break,
             "/reset" => {
                 chat.reset();
-                println!("The conversation starts anew.");
+                say("The conversation starts anew.")?;
             }
-            "/help" => println!("{HELP}"),
+            "/help" => say(HELP)?,
             command if command.starts_with('/') && !command.contains(char::is_whitespace) => {
-                println!("There is no {command}; /help lists what there is.");
+                say(&format!(
+                    "There is no {command}; /help lists what there is."
+                ))?;
             }
-            text => chat.answer(text)?,
+            text => match chat.answer(text) {
+                // A person can go on from here; a script must know.
+                Err(error) if at_terminal && error.downcast_ref::<io::Error>().is_none() => {
+                    let full = matches!(
+                        error.downcast_ref(),
+                        Some(engine::Error::ContextFull { .. })
+                    );
+                    let advice = if full { "; /reset starts anew" } else { "" };
+                    note(format_args!("fewbit: {error:#}{advice}"));
+                }
+                result => result?,
+            },
         }
     }
     Ok(())
 }
 
-fn name(path: &Path) -> String {
-    path.file_stem()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
+/// Prints a line of the program's own.
+fn say(line: &str) -> anyhow::Result<()> {
+    writeln!(io::stdout(), "{line}").context(STDOUT)
 }
 
 /// A conversation and the session that holds it.
@@ -88,42 +111,33 @@ struct Chat {
     session: Session,
     sampler: Sampler,
     template: Template,
+    /// What the template writes between a prompt and its answer.
+    lead: String,
     /// The system message, if any, then turns of user and assistant.
     messages: Vec<Message>,
     /// How many messages a reset keeps.
     kept: usize,
     limit: usize,
-    interrupted: Arc<AtomicBool>,
+    interrupt: Interrupt,
 }
 
 impl Chat {
-    fn new(
-        args: &Args,
-        engine: &Arc<Engine>,
-        interrupted: Arc<AtomicBool>,
-    ) -> anyhow::Result<Self> {
+    fn new(args: &Args, engine: &Arc<Engine>, interrupt: Interrupt) -> anyhow::Result<Self> {
         let tokenizer = engine.tokenizer();
-        let template = match &args.template {
+        let template = match args.template {
             None => Template::from_metadata(&engine.gguf().metadata, tokenizer)?,
-            Some(name) => {
-                let style = Style::named(name).with_context(|| {
-                    format!(
-                        "no chat template named {name:?}; there are: {}",
-                        Style::names()
-                    )
-                })?;
-                Template::from_style(style, tokenizer)
-            }
+            Some(style) => Template::from_style(style, tokenizer),
         };
         let messages: Vec<_> = args.system.iter().map(Message::system).collect();
         Ok(Self {
-            session: engine.session(args.ctx)?,
+            session: engine.session(context_of(engine, args.ctx))?,
             sampler: Sampler::new(args.sampling.settings()),
+            lead: template.lead(),
             template,
             kept: messages.len(),
             messages,
             limit: args.n.unwrap_or(usize::MAX),
-            interrupted,
+            interrupt,
         })
     }
 
@@ -131,120 +145,114 @@ impl Chat {
         self.messages.truncate(self.kept);
     }
 
-    /// Answers `text`, printing as tokens come. A turn that does not fit is taken back.
+    /// Answers `text`, printing as tokens come. A turn that does not fit, or that is stopped
+    /// before it was read, is taken back.
     fn answer(&mut self, text: &str) -> anyhow::Result<()> {
         self.messages.push(Message::user(text));
-        match self.generate() {
-            Ok(answer) => {
-                self.messages.push(Message::assistant(answer));
-                Ok(())
+        self.interrupt.start();
+        let answer = self.generate();
+        self.interrupt.end();
+        match answer {
+            Ok(Some(answer)) => self.messages.push(Message::assistant(answer)),
+            Ok(None) => {
+                self.messages.pop();
+                note("(stopped; the message is taken back)");
             }
-            Err(error) if error.downcast_ref::<std::io::Error>().is_some() => Err(error),
             Err(error) => {
                 self.messages.pop();
-                eprintln!("fewbit: {error:#}; /reset starts anew");
-                Ok(())
+                return Err(error);
             }
         }
+        Ok(())
     }
 
-    fn generate(&mut self) -> anyhow::Result<String> {
+    /// The answer to the messages; `None` if it was stopped before they were read.
+    fn generate(&mut self) -> anyhow::Result<Option<String>> {
         let engine = Arc::clone(self.session.engine());
         let tokenizer = engine.tokenizer();
         let prompt = self.template.prompt_ids(tokenizer, &self.messages)?;
-        let fed = feed_rest(&mut self.session, &prompt)?;
+        let Some(read) = self.feed_rest(&prompt)? else {
+            return Ok(None);
+        };
 
-        self.interrupted.store(false, Ordering::SeqCst);
-        let room = self.session.capacity() - self.session.tokens().len();
-        let mut out = std::io::stdout().lock();
+        let room = self.session.capacity() - prompt.len();
+        let mut out = io::stdout().lock();
+        // The space that begins an answer belongs to the template if that writes one, and else
+        // to a vocabulary that puts it after a control token.
+        let mut lead = &self.lead[..];
         let mut stream = tokenizer.stream();
+        if lead.is_empty() && prompt.last().is_some_and(|&id| is_special(tokenizer, id)) {
+            stream = stream.at_start();
+        }
         let mut answer = String::new();
-        let mut tokens = 0;
+        let mut written = 0;
         let start = Instant::now();
         for token in Generation::new(&mut self.session, &mut self.sampler, self.limit.min(room)) {
             let piece = stream.push(token?);
-            tokens += 1;
-            // A model's answer often begins with a space that belongs to the template.
-            let piece = if answer.is_empty() {
-                piece.trim_start()
-            } else {
-                &piece
-            };
-            out.write_all(piece.as_bytes())?;
-            out.flush()?;
+            written += 1;
+            let piece = without_lead(&piece, &mut lead);
+            out.write_all(piece.as_bytes())
+                .and_then(|()| out.flush())
+                .context(STDOUT)?;
             answer.push_str(piece);
-            if self.interrupted.load(Ordering::SeqCst) {
+            if self.interrupt.wanted() {
                 break;
             }
         }
-        let time = start.elapsed().as_secs_f64();
+        let speed = speed(self.session.tokens().len() - prompt.len(), start.elapsed());
         let tail = stream.finish();
         answer.push_str(&tail);
-        writeln!(out, "{tail}")?;
-        if std::io::stderr().is_terminal() {
+        writeln!(out, "{tail}").context(STDOUT)?;
+        let full = written == room;
+        if io::stderr().is_terminal() {
             let used = self.session.tokens().len();
-            let full = if tokens == room {
-                " (the context is full: /reset)"
-            } else {
-                ""
-            };
-            eprintln!(
-                "\x1b[2m[{fed} tokens read, {tokens} written, {:.1} tok/s; context {used} of {}{full}]\x1b[0m",
-                tokens as f64 / time.max(1e-9),
-                self.session.capacity()
-            );
+            let capacity = self.session.capacity();
+            let speed = speed.map_or(String::new(), |speed| format!(", {speed:.1} tok/s"));
+            let full = if full { " (full: /reset)" } else { "" };
+            note(format_args!(
+                "\x1b[2m[{read} tokens read, {written} written{speed}; context {used} of {capacity}{full}]\x1b[0m"
+            ));
+        } else if full {
+            note("fewbit: the answer is cut: the context is full; raise --ctx");
         }
-        Ok(answer)
-    }
-}
-
-/// Brings `session` to hold exactly `prompt`, feeding only what differs from what it holds;
-/// returns how many tokens were fed.
-fn feed_rest(session: &mut Session, prompt: &[u32]) -> anyhow::Result<usize> {
-    let common = session
-        .tokens()
-        .iter()
-        .zip(prompt)
-        .take_while(|(a, b)| a == b)
-        .count();
-    // The last token is always fed: its logits are needed.
-    let kept = common.min(prompt.len().saturating_sub(1));
-    session.rewind(kept);
-    session.feed(&prompt[kept..])?;
-    Ok(prompt.len() - kept)
-}
-
-/// Where lines come from.
-enum Input {
-    /// A person, with editing and history.
-    Terminal(Box<rustyline::DefaultEditor>),
-    /// A pipe or a file.
-    Pipe(std::io::Lines<std::io::StdinLock<'static>>),
-}
-
-impl Input {
-    fn new() -> anyhow::Result<Self> {
-        Ok(match std::io::stdin().is_terminal() {
-            true => Self::Terminal(Box::new(rustyline::DefaultEditor::new()?)),
-            false => Self::Pipe(std::io::stdin().lock().lines()),
-        })
+        Ok(Some(answer))
     }
 
-    /// The next line; `None` at the end. Ctrl-C drops what was typed.
-    fn read(&mut self) -> anyhow::Result<Option<String>> {
-        match self {
-            Self::Pipe(lines) => Ok(lines.next().transpose()?),
-            Self::Terminal(editor) => loop {
-                match editor.readline("> ") {
-                    Ok(line) => {
-                        editor.add_history_entry(&line)?;
-                        return Ok(Some(line));
-                    }
-                    Err(ReadlineError::Interrupted) => println!("(Ctrl-D or /quit leaves)"),
-                    Err(ReadlineError::Eof) => return Ok(None),
-                    Err(error) => return Err(error.into()),
-                }
-            },
+    /// Brings the session to hold exactly `prompt`, feeding only what differs from what it
+    /// holds; returns how many tokens were fed, `None` if it was stopped.
+    fn feed_rest(&mut self, prompt: &[u32]) -> anyhow::Result<Option<usize>> {
+        let capacity = self.session.capacity();
+        if prompt.len() > capacity {
+            // Before any part of it is computed.
+            let wanted = prompt.len();
+            return Err(engine::Error::ContextFull { wanted, capacity }.into());
         }
+        let held = self.session.tokens().iter();
+        let common = held.zip(prompt).take_while(|(a, b)| a == b).count();
+        // The last token is always fed: its logits are needed.
+        let kept = common.min(prompt.len().saturating_sub(1));
+        self.session.rewind(kept);
+        for part in prompt[kept..].chunks(PROMPT_BATCH) {
+            if self.interrupt.wanted() {
+                return Ok(None);
+            }
+            self.session.feed(part)?;
+        }
+        Ok((!self.interrupt.wanted()).then_some(prompt.len() - kept))
     }
+}
+
+/// `piece` without what of `lead` it still begins with; the rest of `lead` may come in the next.
+fn without_lead<'p>(piece: &'p str, lead: &mut &str) -> &'p str {
+    let pairs = piece.bytes().zip(lead.bytes());
+    let common = pairs.take_while(|(a, b)| a == b).count();
+    let (rest, left) = (&piece[common..], &lead[common..]);
+    *lead = if rest.is_empty() { left } else { "" };
+    rest
+}
+
+/// Whether a vocabulary that puts a space before words puts one after token `id`.
+fn is_special(tokenizer: &Tokenizer, id: u32) -> bool {
+    let kind = tokenizer.kind(id);
+    kind.is_some_and(|kind| !matches!(kind, TokenKind::Normal | TokenKind::Byte))
 }

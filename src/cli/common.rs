@@ -1,15 +1,20 @@
 //! What several commands share: model options, errors, output.
 
-use std::io::{IsTerminal, Write};
+use std::fmt::Display;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
+use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
 use crate::engine::{ActivationMode, Engine, Options};
 use crate::gguf::Gguf;
-use crate::perplexity::Chunks;
+use crate::kernels::Kernels;
+use crate::perplexity::{Chunks, Estimate};
 use crate::quant::BlockType;
 use crate::sampler::Settings;
 use crate::tokenizer::Tokenizer;
@@ -24,18 +29,67 @@ pub struct ModelArgs {
     pub engine: EngineArgs,
 }
 
+/// How many threads work.
+#[derive(Args, Clone, Debug)]
+pub struct ThreadArgs {
+    /// Threads [default: one a core that the process may use]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+}
+
+impl ThreadArgs {
+    /// The number asked for.
+    pub fn count(&self) -> Option<usize> {
+        self.threads.map(usize::from)
+    }
+}
+
 /// How the model is run.
 #[derive(Args, Clone, Debug)]
 pub struct EngineArgs {
-    /// Threads [default: one a core that the process may use]
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    pub threads: Option<u16>,
-    /// Kernels: scalar, avx2, avx512 [default: the widest that the CPU has]
-    #[arg(long, value_name = "NAME")]
-    pub kernels: Option<String>,
+    #[command(flatten)]
+    threads: ThreadArgs,
+    /// Kernels, of those that the CPU can run [default: the widest]
+    #[arg(long, value_name = "NAME", value_parser = kernel_names())]
+    kernels: Option<String>,
     /// How quantized weights meet the activations: f32 is the exact, slow reference
     #[arg(long, value_enum, default_value_t = Activations::Int8)]
-    pub activations: Activations,
+    activations: Activations,
+}
+
+/// Wrong usage that shows only after the arguments are parsed: the command exits with 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub &'static str);
+
+/// A count of at least `least`.
+pub fn at_least(least: usize) -> impl Fn(&str) -> Result<usize, String> + Clone {
+    move |text| {
+        let count = text.parse().ok().filter(|&count| count >= least);
+        count.ok_or_else(|| format!("must be a whole number, {least} or more"))
+    }
+}
+
+fn kernel_names() -> PossibleValuesParser {
+    let tables = Kernels::available();
+    PossibleValuesParser::new(tables.iter().map(|kernels| kernels.name))
+}
+
+/// A finite number that `allows` takes; `what` says which those are.
+fn number(
+    allows: fn(f32) -> bool,
+    what: &'static str,
+) -> impl Fn(&str) -> Result<f32, String> + Clone {
+    move |text| {
+        let number = text.parse::<f32>().ok();
+        number
+            .filter(|&number| number.is_finite() && allows(number))
+            .ok_or_else(|| format!("must be a number, {what}"))
+    }
+}
+
+fn is_share(number: f32) -> bool {
+    (0.0..=1.0).contains(&number)
 }
 
 /// See [`ActivationMode`].
@@ -51,25 +105,29 @@ pub enum Activations {
 #[derive(clap::Args, Clone, Debug)]
 pub struct SamplingArgs {
     /// Temperature; 0 always takes the most likely token
-    #[arg(long, visible_alias = "temperature", value_name = "T", default_value_t = Settings::default().temperature)]
+    #[arg(long, visible_alias = "temperature", value_name = "T", default_value_t = Settings::default().temperature,
+        allow_negative_numbers = true, value_parser = number(|t| t >= 0.0, "0 or more"))]
     temp: f32,
     /// Draw from the K most likely tokens; 0 for all
-    #[arg(long, value_name = "K", default_value_t = Settings::default().top_k)]
+    #[arg(long, value_name = "K", allow_negative_numbers = true, default_value_t = Settings::default().top_k)]
     top_k: usize,
     /// Draw from the most likely tokens that reach this probability
-    #[arg(long, value_name = "P", default_value_t = Settings::default().top_p)]
+    #[arg(long, value_name = "P", default_value_t = Settings::default().top_p,
+        allow_negative_numbers = true, value_parser = number(is_share, "within 0 and 1"))]
     top_p: f32,
     /// Draw from tokens at least this likely relative to the best
-    #[arg(long, value_name = "P", default_value_t = Settings::default().min_p)]
+    #[arg(long, value_name = "P", default_value_t = Settings::default().min_p,
+        allow_negative_numbers = true, value_parser = number(is_share, "within 0 and 1"))]
     min_p: f32,
     /// Penalty on recent tokens; 1 for none
-    #[arg(long, value_name = "X", default_value_t = Settings::default().repeat_penalty)]
+    #[arg(long, value_name = "X", default_value_t = Settings::default().repeat_penalty,
+        allow_negative_numbers = true, value_parser = number(|x| x > 0.0, "above 0"))]
     repeat_penalty: f32,
     /// Recent tokens that the penalty looks at
-    #[arg(long, value_name = "N", default_value_t = Settings::default().repeat_last)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = Settings::default().repeat_last)]
     repeat_last_n: usize,
     /// Seed of the draws [default: from the clock]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     seed: Option<u64>,
 }
 
@@ -122,12 +180,28 @@ impl EngineArgs {
 
     fn load_with(&self, path: &Path, activations: ActivationMode) -> anyhow::Result<Arc<Engine>> {
         let options = Options {
-            threads: self.threads.map(usize::from),
+            threads: self.threads.count(),
             kernels: self.kernels.clone(),
             activations,
         };
         Ok(Engine::load(path, &options)?)
     }
+}
+
+/// Tokens of context where nobody asks for more or less, and the model was trained for as many.
+const USUAL_CONTEXT: usize = 4096;
+
+/// The context to run `engine` with: what was asked for, with a warning if the model was not
+/// trained for as much.
+pub fn context_of(engine: &Engine, asked: Option<usize>) -> usize {
+    let trained = engine.shape().context;
+    let context = asked.unwrap_or(USUAL_CONTEXT.min(trained));
+    if context > trained {
+        note(format_args!(
+            "fewbit: warning: --ctx {context} is more than the {trained} tokens that the model was trained for"
+        ));
+    }
+    context
 }
 
 /// Cuts the text in `path` into chunks of `ctx` tokens, at most `limit` of them.
@@ -143,12 +217,30 @@ pub fn chunks_of(
 
 /// Checks that two files hold the same vocabulary, without which they cannot be compared.
 pub fn check_base(base: &Engine, model: &Engine) -> anyhow::Result<()> {
+    let (file, reference) = (model.path().display(), base.path().display());
     let (ours, theirs) = (model.shape().vocab, base.shape().vocab);
     anyhow::ensure!(
         ours == theirs,
-        "{}: a vocabulary of {ours} tokens, {} has {theirs}: these are not one model",
-        model.path().display(),
-        base.path().display()
+        "{file}: a vocabulary of {ours} tokens, {reference} has {theirs}: these are not one model"
+    );
+    let (ours, theirs) = (model.tokenizer(), base.tokenizer());
+    let count = ours.vocab_len().max(theirs.vocab_len()) as u32;
+    if let Some(id) = (0..count).find(|&id| ours.piece(id) != theirs.piece(id)) {
+        let piece = |tokenizer: &Tokenizer| tokenizer.piece(id).unwrap_or_default().to_owned();
+        anyhow::bail!(
+            "{file}: token {id} is {:?}, in {reference} it is {:?}: these are not one model",
+            piece(ours),
+            piece(theirs)
+        );
+    }
+    let first = |tokenizer: &Tokenizer| tokenizer.bos().filter(|_| tokenizer.adds_bos());
+    let (ours, theirs) = (first(ours), first(theirs));
+    let name = |bos: Option<u32>| bos.map_or("no BOS".to_owned(), |id| format!("token {id}"));
+    anyhow::ensure!(
+        ours == theirs,
+        "{file}: a text begins with {}, in {reference} with {}: convert both from one checkpoint",
+        name(ours),
+        name(theirs)
     );
     Ok(())
 }
@@ -208,33 +300,91 @@ fn file_type_name(id: u32) -> Option<&'static str> {
 fn read_text(path: &Path) -> anyhow::Result<String> {
     let bytes =
         std::fs::read(path).with_context(|| format!("{}: cannot read the text", path.display()))?;
+    utf8(bytes, path.display())
+}
+
+/// The text in `bytes`, which came from `source`.
+pub fn utf8(bytes: Vec<u8>, source: impl Display) -> anyhow::Result<String> {
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
-        anyhow::anyhow!(
-            "{}: byte {at}: not UTF-8; convert the text first",
-            path.display()
-        )
+        anyhow::anyhow!("{source}: byte {at}: not UTF-8; convert the text first")
     })
 }
+
+/// What failed where standard output cannot be written.
+pub const STDOUT: &str = "standard output: cannot write";
 
 /// Writes one JSON object and a newline to standard output.
 pub fn print_json(value: &serde_json::Value) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    serde_json::to_writer(&mut out, value)?;
-    writeln!(out)?;
-    Ok(())
+    serde_json::to_writer(&mut out, value).context(STDOUT)?;
+    writeln!(out).context(STDOUT)
 }
 
-/// A progress bar over `len` steps on a terminal's standard error; none elsewhere.
-pub fn progress(len: usize, what: &str) -> indicatif::ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return indicatif::ProgressBar::hidden();
-    }
-    let style = indicatif::ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}")
-        .expect("the template is well-formed");
-    indicatif::ProgressBar::new(len as u64)
+/// Writes a line to standard error. That nobody can read it is no reason to stop.
+pub fn note(line: impl Display) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
+
+/// A progress bar on standard error, drawn on a terminal only, and gone when dropped: after an
+/// error too. `template` is indicatif's.
+pub fn progress(len: u64, template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).expect("the template is well-formed");
+    ProgressBar::new(len)
         .with_style(style)
-        .with_message(what.to_owned())
+        .with_finish(ProgressFinish::AndClear)
+}
+
+/// Template of a bar over the chunks of a text.
+pub const CHUNKS_BAR: &str = "{msg} {wide_bar} {pos}/{len} {eta}";
+
+/// A file's name without folder and extension, as tables and greetings show it.
+pub fn file_stem(path: &Path) -> String {
+    let stem = path.file_stem().unwrap_or_default();
+    stem.to_string_lossy().into_owned()
+}
+
+/// A number of parameters: `46.70 B`.
+pub fn count(number: u64) -> String {
+    scaled(number, &["", " k", " M", " B", " T"])
+}
+
+/// A number of bytes, in powers of ten: `26.44 GB`.
+pub fn bytes(number: u64) -> String {
+    scaled(number, &[" B", " kB", " MB", " GB", " TB"])
+}
+
+fn scaled(number: u64, units: &[&str]) -> String {
+    if number < 1000 {
+        return format!("{number}{}", units[0]);
+    }
+    let mut value = number as f64;
+    let mut unit = 0;
+    // 999.995 would be shown as 1000.00.
+    while value >= 999.995 && unit + 1 < units.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    format!("{value:.2}{}", units[unit])
+}
+
+/// Tokens a second; `None` where there was nothing to time.
+pub fn speed(tokens: usize, time: Duration) -> Option<f64> {
+    (tokens > 0).then(|| tokens as f64 / time.as_secs_f64().max(1e-9))
+}
+
+/// A figure; `-` where it is undefined (an error estimated from one value, say).
+pub fn figure(value: f64, digits: usize) -> String {
+    match value.is_nan() {
+        true => "-".to_owned(),
+        false => format!("{value:.digits$}"),
+    }
+}
+
+/// A value and its standard error: `6.0731 ± 0.0412`.
+pub fn plus_minus(estimate: Estimate, digits: usize) -> String {
+    let Estimate { value, se } = estimate;
+    format!("{} ± {}", figure(value, digits), figure(se, digits))
 }
 
 /// The process's peak resident memory, mapped pages included; `None` where the system does not say.

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use serde_json::json;
 
-use super::common::print_json;
+use super::common::{STDOUT, ThreadArgs, bytes, count, print_json};
 use crate::gguf::{self, Gguf, TensorInfo, names};
 use crate::plan::{Group, Shape, Sizes};
 use check::Finding;
@@ -21,6 +21,8 @@ pub struct Args {
     /// Decode every weight and report NaN and infinity; exit code 1 if there are any
     #[arg(long)]
     check: bool,
+    #[command(flatten)]
+    threads: ThreadArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -33,15 +35,17 @@ const JSON_ITEMS: usize = 16;
 pub fn run(args: Args) -> anyhow::Result<()> {
     let report = Report::of(gguf::read(&args.file)?)?;
     let findings = match args.check {
-        true => Some(check::check(&report.gguf)?),
+        true => Some(check::check(&report.gguf, args.threads.count())?),
         false => None,
     };
     if args.json {
         print_json(&report.to_json(findings.as_deref()))?;
     } else {
         let mut out = io::BufWriter::new(io::stdout().lock());
-        report.print(&mut out, findings.as_deref())?;
-        out.flush()?;
+        report
+            .print(&mut out, findings.as_deref())
+            .and_then(|()| out.flush())
+            .context(STDOUT)?;
     }
     match findings.as_deref() {
         None | Some([]) => Ok(()),
@@ -276,28 +280,4 @@ impl Report {
         }
         Ok(())
     }
-}
-
-/// A number of parameters: `46.70 B`.
-fn count(number: u64) -> String {
-    scaled(number, &["", " k", " M", " B", " T"])
-}
-
-/// A number of bytes, in powers of ten: `26.44 GB`.
-fn bytes(number: u64) -> String {
-    scaled(number, &[" B", " kB", " MB", " GB", " TB"])
-}
-
-fn scaled(number: u64, units: &[&str]) -> String {
-    if number < 1000 {
-        return format!("{number}{}", units[0]);
-    }
-    let mut value = number as f64;
-    let mut unit = 0;
-    // 999.995 would be shown as 1000.00.
-    while value >= 999.995 && unit + 1 < units.len() {
-        value /= 1000.0;
-        unit += 1;
-    }
-    format!("{value:.2}{}", units[unit])
 }

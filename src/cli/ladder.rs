@@ -1,17 +1,21 @@
 //! `fewbit ladder`: several files of one model side by side, on one or several texts.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
 use serde_json::{Map, Value, json};
 
-use super::common::{EngineArgs, check_base, chunks_of, print_json, progress};
+use super::common::{
+    CHUNKS_BAR, EngineArgs, STDOUT, at_least, bytes, check_base, chunks_of, figure, file_stem,
+    plus_minus, print_json, progress,
+};
 use crate::bench::{Test, Times};
 use crate::engine::Engine;
-use crate::perplexity::{Divergence, Estimate, Tally, score};
+use crate::perplexity::{Chunks, Divergence, Estimate, Tally, score};
 use crate::plan::Sizes;
 
 /// Options of `fewbit ladder`.
@@ -27,10 +31,10 @@ pub struct Args {
     #[arg(long, value_name = "REF.gguf")]
     base: Option<PathBuf>,
     /// Tokens of a chunk; its second half is scored
-    #[arg(short, long, value_name = "N", default_value_t = 512)]
+    #[arg(short, long, visible_alias = "ctx-size", value_name = "N", default_value_t = 512, allow_negative_numbers = true, value_parser = at_least(4))]
     ctx: usize,
     /// Chunks of each text to score at most
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = at_least(1))]
     chunks: Option<usize>,
     /// Write the table to this file as well (Markdown)
     #[arg(long, value_name = "report.md")]
@@ -50,6 +54,7 @@ const SPEED_TEST: Test = Test::Generate {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let report = args.out.as_deref().map(Report::create).transpose()?;
     let base = args
         .base
         .as_deref()
@@ -63,9 +68,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     for model in &models {
         check_base(base.as_ref().unwrap_or(&models[0]), model)?;
     }
+    // All texts before the first is scored, so that a wrong one is told in time.
+    let texts = args
+        .texts
+        .iter()
+        .map(|path| chunks_of(models[0].tokenizer(), path, args.ctx, args.chunks))
+        .collect::<Result<Vec<_>, _>>()?;
     let mut rungs: Vec<Rung> = models.iter().map(Rung::new).collect();
-    for text in &args.texts {
-        let columns = score_text(&args, base.as_ref(), &models, text)?;
+    for (path, chunks) in args.texts.iter().zip(&texts) {
+        let columns = score_text(base.as_ref(), &models, chunks, path)?;
         for (rung, column) in rungs.iter_mut().zip(columns) {
             rung.columns.push(column);
         }
@@ -74,52 +85,56 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         rung.tok_s = Times::measure(model, SPEED_TEST, 3)?.tok_s();
     }
 
+    // Hours may lie behind the figures: they are printed whatever becomes of the report, and
+    // the report is written whoever reads the print.
     let table = table(&args.texts, &rungs);
-    if let Some(out) = &args.out {
-        let report = report(&args, &table);
-        write_whole(out, report.as_bytes())
-            .with_context(|| format!("{}: cannot write the report", out.display()))?;
+    let printed = print(&args, &rungs, &table);
+    if let Some(report) = report {
+        report.finish(&heading(&args), &table)?;
     }
+    printed
+}
+
+fn print(args: &Args, rungs: &[Rung], table: &str) -> anyhow::Result<()> {
     if args.json {
-        let rows: Vec<Value> = rungs.iter().flat_map(|rung| rung.to_json(&args)).collect();
+        let rows: Vec<Value> = rungs.iter().flat_map(|rung| rung.to_json(args)).collect();
         let text = match &args.texts[..] {
             [text] => json!(text),
             texts => json!(texts),
         };
         return print_json(&json!({"base": args.base, "text": text, "rows": rows}));
     }
-    std::io::stdout().lock().write_all(table.as_bytes())?;
-    Ok(())
+    let mut out = io::stdout().lock();
+    out.write_all(table.as_bytes()).context(STDOUT)
 }
 
 /// Runs every model over one text, chunk by chunk beside the base, so that the base's logits
 /// are computed once and never stored.
 fn score_text(
-    args: &Args,
     base: Option<&Arc<Engine>>,
     models: &[Arc<Engine>],
-    text: &Path,
+    chunks: &Chunks,
+    path: &Path,
 ) -> anyhow::Result<Vec<Column>> {
-    let chunks = chunks_of(models[0].tokenizer(), text, args.ctx, args.chunks)?;
-    let mut base = base.map(|base| base.session(args.ctx)).transpose()?;
+    let context = chunks.context();
+    let mut base = base.map(|base| base.session(context)).transpose()?;
     let mut sessions: Vec<_> = models
         .iter()
-        .map(|model| model.session(args.ctx))
+        .map(|model| model.session(context))
         .collect::<Result<_, _>>()?;
     let mut tallies: Vec<_> = models.iter().map(|_| Tally::default()).collect();
-    let bar = progress(chunks.parts(), &text.display().to_string());
+    let bar = progress(chunks.parts() as u64, CHUNKS_BAR).with_message(file_stem(path));
     for index in 0..chunks.parts() {
         let base = base
             .as_mut()
-            .map(|base| score(base, &chunks, index))
+            .map(|base| score(base, chunks, index))
             .transpose()?;
         for (session, tally) in sessions.iter_mut().zip(&mut tallies) {
-            let scored = score(session, &chunks, index)?;
+            let scored = score(session, chunks, index)?;
             tally.add(session.engine().pool(), &scored, base.as_ref());
         }
         bar.inc(1);
     }
-    bar.finish_and_clear();
     let column = |tally: Tally| Column {
         chunks: chunks.len(),
         tokens: tally.tokens(),
@@ -184,14 +199,6 @@ impl Rung {
             Value::Object(row)
         })
     }
-
-    fn name(&self) -> String {
-        self.path
-            .file_stem()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned()
-    }
 }
 
 /// The table in Markdown: all figures for one text; for several, perplexity and divergence of
@@ -202,12 +209,6 @@ fn table(texts: &[PathBuf], rungs: &[Rung]) -> String {
         "bits/weight".to_owned(),
         "size".to_owned(),
     ];
-    let name = |text: &PathBuf| {
-        text.file_stem()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned()
-    };
     let with_base = rungs[0].columns[0].divergence.is_some();
     if let [_] = texts {
         header.push("PPL".into());
@@ -215,9 +216,9 @@ fn table(texts: &[PathBuf], rungs: &[Rung]) -> String {
             header.extend(["ln(PPL/base)", "mean KLD", "99.9 % KLD", "same top"].map(String::from));
         }
     } else {
-        header.extend(texts.iter().map(|text| format!("PPL {}", name(text))));
+        header.extend(texts.iter().map(|text| format!("PPL {}", file_stem(text))));
         if with_base {
-            header.extend(texts.iter().map(|text| format!("KLD {}", name(text))));
+            header.extend(texts.iter().map(|text| format!("KLD {}", file_stem(text))));
         }
     }
     header.push("tok/s".into());
@@ -225,16 +226,16 @@ fn table(texts: &[PathBuf], rungs: &[Rung]) -> String {
     let mut lines = vec![header];
     for rung in rungs {
         let mut line = vec![
-            rung.name(),
+            file_stem(&rung.path),
             format!("{:.3}", rung.bits_per_weight),
-            size(rung.file_bytes),
+            bytes(rung.file_bytes),
         ];
         line.extend(rung.columns.iter().map(|column| plus_minus(column.ppl, 3)));
         if let [column] = &rung.columns[..] {
             if let Some(d) = &column.divergence {
                 line.push(plus_minus(d.ln_ratio, 4));
                 line.push(plus_minus(d.kld, 5));
-                line.push(format!("{:.4}", d.kld_percentile(0.999)));
+                line.push(figure(d.kld_percentile(0.999), 4));
                 line.push(format!("{:.2} %", 100.0 * d.same_top));
             }
         } else {
@@ -285,19 +286,8 @@ fn markdown(lines: &[Vec<String>]) -> String {
     table
 }
 
-fn plus_minus(estimate: Estimate, digits: usize) -> String {
-    format!("{:.digits$} ± {:.digits$}", estimate.value, estimate.se)
-}
-
-fn size(bytes: u64) -> String {
-    match bytes {
-        0..1_000_000_000 => format!("{:.2} MB", bytes as f64 / 1e6),
-        _ => format!("{:.2} GB", bytes as f64 / 1e9),
-    }
-}
-
-/// The report: the table with what it was made from.
-fn report(args: &Args, table: &str) -> String {
+/// What the report's table was made from.
+fn heading(args: &Args) -> String {
     let texts: Vec<_> = args
         .texts
         .iter()
@@ -310,16 +300,53 @@ fn report(args: &Args, table: &str) -> String {
         .chunks
         .map_or(String::new(), |chunks| format!(", at most {chunks} chunks"));
     format!(
-        "# Ladder\n\nTexts: {}; chunks of {} tokens, the second half of each scored{chunks}{base}.\n\n{table}",
+        "# Ladder\n\nTexts: {}; chunks of {} tokens, the second half of each scored{chunks}{base}.\n",
         texts.join(", "),
         args.ctx
     )
 }
 
-/// Writes beside the target and renames, so that no half report stands under the final name.
-fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    std::fs::write(&partial, bytes)?;
-    std::fs::rename(&partial, path)
+/// A report under way: a file beside the final one, made before the work begins so that a path
+/// that cannot be written fails at once, and renamed when whole; deleted if it never is.
+struct Report<'a> {
+    path: &'a Path,
+    partial: PathBuf,
+    file: File,
+}
+
+impl<'a> Report<'a> {
+    fn create(path: &'a Path) -> anyhow::Result<Self> {
+        anyhow::ensure!(
+            !path.is_dir(),
+            "{}: is a folder; name a file for the report",
+            path.display()
+        );
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(".partial");
+        let partial = PathBuf::from(partial);
+        let file = File::create(&partial).with_context(|| cannot_write(path))?;
+        Ok(Self {
+            path,
+            partial,
+            file,
+        })
+    }
+
+    fn finish(mut self, heading: &str, table: &str) -> anyhow::Result<()> {
+        write!(self.file, "{heading}\n{table}")
+            .and_then(|()| self.file.sync_all())
+            .and_then(|()| std::fs::rename(&self.partial, self.path))
+            .with_context(|| cannot_write(self.path))
+    }
+}
+
+impl Drop for Report<'_> {
+    fn drop(&mut self) {
+        // Nothing is there any more once it has been renamed.
+        let _ = std::fs::remove_file(&self.partial);
+    }
+}
+
+fn cannot_write(path: &Path) -> String {
+    format!("{}: cannot write the report", path.display())
 }

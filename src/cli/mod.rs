@@ -13,6 +13,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use common::{Usage, note};
+
 /// Mixtral-family models in few bits on ordinary computers.
 #[derive(Parser)]
 #[command(name = "fewbit", version, long_version = LONG_VERSION, propagate_version = true)]
@@ -62,8 +64,8 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("fewbit: {error:#}");
-            ExitCode::FAILURE
+            note(format_args!("fewbit: {error:#}"));
+            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
         }
     }
 }

@@ -1,12 +1,16 @@
 //! `fewbit perplexity`: perplexity of a text, and divergence from a base model.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::common::{ModelArgs, check_base, chunks_of, print_json, progress};
-use crate::perplexity::{Tally, score};
+use super::common::{
+    CHUNKS_BAR, ModelArgs, STDOUT, at_least, check_base, chunks_of, figure, plus_minus, print_json,
+    progress,
+};
+use crate::perplexity::{Divergence, Estimate, Tally, score};
+use anyhow::Context;
 
 /// Options of `fewbit perplexity`.
 #[derive(clap::Args)]
@@ -17,10 +21,10 @@ pub struct Args {
     #[arg(short = 'f', long = "file", value_name = "TEXT")]
     text: PathBuf,
     /// Tokens of a chunk; its second half is scored
-    #[arg(short, long, value_name = "N", default_value_t = 512)]
+    #[arg(short, long, visible_alias = "ctx-size", value_name = "N", default_value_t = 512, allow_negative_numbers = true, value_parser = at_least(4))]
     ctx: usize,
     /// Chunks to score at most
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = at_least(1))]
     chunks: Option<usize>,
     /// Model to compare with, run with f32 activations: KL divergence, Δp, same top token
     #[arg(long, value_name = "REF.gguf")]
@@ -49,7 +53,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         .map(|base| base.session(args.ctx))
         .transpose()?;
     let mut tally = Tally::default();
-    let bar = progress(chunks.parts(), "chunks");
+    let bar = progress(chunks.parts() as u64, CHUNKS_BAR).with_message("chunks");
     for index in 0..chunks.parts() {
         let scored = score(&mut session, &chunks, index)?;
         let base = base_session
@@ -58,9 +62,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             .transpose()?;
         tally.add(engine.pool(), &scored, base.as_ref());
         bar.inc(1);
-        bar.set_message(format!("PPL {:.4}", tally.perplexity().value));
+        if !bar.is_hidden() && tally.tokens() > 0 {
+            bar.set_message(format!("PPL {:.4}", tally.perplexity().value));
+        }
     }
-    bar.finish_and_clear();
+    drop(bar);
 
     let ppl = tally.perplexity();
     let divergence = base.is_some().then(|| tally.divergence());
@@ -81,44 +87,68 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         return print_json(&report);
     }
     let mut out = std::io::stdout().lock();
+    let scored = tally.tokens();
     writeln!(
         out,
-        "{} chunks of {} tokens, {} scored",
+        "{} chunks of {} tokens, {scored} scored",
         chunks.len(),
-        args.ctx,
-        tally.tokens()
-    )?;
-    writeln!(out, "PPL              {:.4} ± {:.4}", ppl.value, ppl.se)?;
-    if let Some(d) = divergence {
+        args.ctx
+    )
+    .and_then(|()| writeln!(out, "PPL              {}", plus_minus(ppl, 4)))
+    .and_then(|()| {
+        divergence
+            .iter()
+            .try_for_each(|divergence| print(&mut out, divergence))
+    })
+    .context(STDOUT)
+}
+
+/// The comparison with the base, figure by figure.
+fn print(out: &mut impl Write, d: &Divergence) -> io::Result<()> {
+    writeln!(out, "PPL of the base  {}", plus_minus(d.base, 4))?;
+    writeln!(out, "PPL / base       {}", plus_minus(d.ppl_ratio(), 6))?;
+    writeln!(out, "PPL − base       {}", plus_minus(d.ppl_difference, 6))?;
+    writeln!(out, "ln(PPL / base)   {}", plus_minus(d.ln_ratio, 6))?;
+    writeln!(out, "correlation      {} %", percent(d.correlation, 2))?;
+    writeln!(out, "\nKL divergence from the base, nats")?;
+    writeln!(out, "  mean           {}", plus_minus(d.kld, 6))?;
+    for (name, fraction) in KLD_PERCENTILES {
         writeln!(
             out,
-            "PPL of the base  {:.4} ± {:.4}",
-            d.base.value, d.base.se
+            "  {name:<14} {}",
+            figure(d.kld_percentile(fraction), 6)
         )?;
-        writeln!(
-            out,
-            "ln(PPL / base)   {:.6} ± {:.6}",
-            d.ln_ratio.value, d.ln_ratio.se
-        )?;
-        writeln!(out, "\nKL divergence from the base, nats")?;
-        writeln!(out, "  mean           {:.6} ± {:.6}", d.kld.value, d.kld.se)?;
-        for (name, fraction) in KLD_PERCENTILES {
-            writeln!(out, "  {name:<14} {:.6}", d.kld_percentile(fraction))?;
-        }
-        writeln!(out, "\nΔp of the true token, %")?;
-        writeln!(
-            out,
-            "  mean           {:.4} ± {:.4}",
-            100.0 * d.dp.value,
-            100.0 * d.dp.se
-        )?;
-        writeln!(out, "  RMS            {:.4}", 100.0 * d.dp_rms)?;
-        for (name, fraction) in DP_PERCENTILES {
-            writeln!(out, "  {name:<14} {:.4}", 100.0 * d.dp_percentile(fraction))?;
-        }
-        writeln!(out, "\nsame top token   {:.3} %", 100.0 * d.same_top)?;
     }
-    Ok(())
+    writeln!(out, "\nΔp of the true token, %")?;
+    writeln!(out, "  mean           {}", plus_minus(percents(d.dp), 4))?;
+    writeln!(
+        out,
+        "  RMS            {}",
+        plus_minus(percents(d.dp_rms()), 4)
+    )?;
+    for (name, fraction) in DP_PERCENTILES {
+        writeln!(
+            out,
+            "  {name:<14} {}",
+            percent(d.dp_percentile(fraction), 4)
+        )?;
+    }
+    writeln!(
+        out,
+        "\nsame top token   {} %",
+        plus_minus(percents(d.same_top_estimate()), 3)
+    )
+}
+
+fn percent(share: f64, digits: usize) -> String {
+    figure(100.0 * share, digits)
+}
+
+fn percents(share: Estimate) -> Estimate {
+    Estimate {
+        value: 100.0 * share.value,
+        se: 100.0 * share.se,
+    }
 }
 
 /// The percentiles that llama-perplexity prints, the largest first.

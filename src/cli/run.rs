@@ -3,9 +3,12 @@
 use std::io::{IsTerminal, Read, Write};
 use std::time::Instant;
 
+use anyhow::Context;
 use serde_json::json;
 
-use super::common::{ModelArgs, SamplingArgs, print_json};
+use super::common::{
+    ModelArgs, STDOUT, SamplingArgs, Usage, at_least, context_of, note, print_json, speed, utf8,
+};
 use crate::sampler::{Generation, Sampler};
 
 /// Options of `fewbit run`.
@@ -14,86 +17,142 @@ pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
     /// Tokens to generate at most [default: until the context is full]
-    #[arg(short, long, value_name = "TOKENS")]
+    #[arg(
+        short,
+        long = "predict",
+        visible_alias = "n-predict",
+        value_name = "TOKENS"
+    )]
     n: Option<usize>,
-    /// Context: tokens of prompt and answer together
-    #[arg(short, long, value_name = "N", default_value_t = 4096)]
-    ctx: usize,
+    /// Context: tokens of prompt and answer together [default: 4096, or what the model was trained for if that is less]
+    #[arg(short, long, visible_alias = "ctx-size", value_name = "N", allow_negative_numbers = true, value_parser = at_least(1))]
+    ctx: Option<usize>,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// Print one JSON object instead of the text
     #[arg(long)]
     json: bool,
-    /// The text to continue; standard input if absent or `-`
+    /// The text to continue; standard input, without its last newline, if absent or `-`
     prompt: Option<String>,
+}
+
+/// Why the text ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    /// The model ended it.
+    End,
+    /// As many tokens as were asked for.
+    Limit,
+    /// The context is full.
+    Context,
+}
+
+impl Stop {
+    /// As JSON names it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::End => "end",
+            Self::Limit => "limit",
+            Self::Context => "context",
+        }
+    }
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let prompt = match args.prompt.as_deref() {
-        Some(prompt) if prompt != "-" => prompt.to_owned(),
-        other => {
-            anyhow::ensure!(
-                other.is_some() || !std::io::stdin().is_terminal(),
-                "no prompt: give one as the last argument or on standard input"
-            );
-            let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text)?;
-            text
-        }
+    let prompt = match args.prompt {
+        Some(prompt) if prompt != "-" => prompt,
+        _ => read_prompt()?,
     };
     let engine = args.model.load()?;
     let tokenizer = engine.tokenizer();
-    let tokens = tokenizer.encode_with_bos(&prompt, true)?;
-    let room = args.ctx.saturating_sub(tokens.len());
-    let limit = args.n.unwrap_or(room).min(room);
+    let prompt = tokenizer.encode_with_bos(&prompt, true)?;
+    let context = context_of(&engine, args.ctx);
+    let room = context.saturating_sub(prompt.len());
+    let limit = args.n.unwrap_or(usize::MAX);
 
-    let mut session = engine.session(args.ctx)?;
+    let mut session = engine.session(context)?;
     let mut sampler = Sampler::new(args.sampling.settings());
     let start = Instant::now();
-    session.feed(&tokens)?;
-    let prompt_time = start.elapsed();
+    session.feed(&prompt)?;
+    let pp_tok_s = speed(prompt.len(), start.elapsed());
 
     let mut out = std::io::stdout().lock();
     let mut stream = tokenizer.stream();
     let mut text = String::new();
-    let mut generated = 0usize;
+    let mut tokens = 0;
     let start = Instant::now();
-    for token in Generation::new(&mut session, &mut sampler, limit) {
+    for token in Generation::new(&mut session, &mut sampler, limit.min(room)) {
         let piece = stream.push(token?);
-        generated += 1;
+        tokens += 1;
         if args.json {
             text.push_str(&piece);
         } else {
-            out.write_all(piece.as_bytes())?;
-            out.flush()?;
+            out.write_all(piece.as_bytes())
+                .and_then(|()| out.flush())
+                .context(STDOUT)?;
         }
     }
-    let time = start.elapsed();
+    // The first token comes from the prompt's logits, and the last one may not have been fed.
+    let fed = session.tokens().len() - prompt.len();
+    let tg_tok_s = speed(fed, start.elapsed());
     let tail = stream.finish();
-    let speed =
-        |tokens: usize, time: std::time::Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
-    // The first token comes from the prompt's logits.
-    let (pp, tg) = (
-        speed(tokens.len(), prompt_time),
-        speed(generated.saturating_sub(1), time),
-    );
+    let stop = if tokens < limit.min(room) {
+        Stop::End
+    } else if tokens == limit {
+        Stop::Limit
+    } else {
+        Stop::Context
+    };
+
     if args.json {
         text.push_str(&tail);
         return print_json(&json!({
-            "prompt_tokens": tokens.len(),
-            "tokens": generated,
+            "prompt_tokens": prompt.len(),
+            "tokens": tokens,
             "text": text,
-            "pp_tok_s": pp,
-            "tg_tok_s": tg,
+            "stop": stop.name(),
+            "pp_tok_s": pp_tok_s,
+            "tg_tok_s": tg_tok_s,
         }));
     }
-    writeln!(out, "{tail}")?;
-    eprintln!(
-        "prompt {} tokens, {pp:.1} tok/s; generated {generated} tokens, {tg:.1} tok/s ({} kernels, {} threads)",
-        tokens.len(),
+    writeln!(out, "{tail}").context(STDOUT)?;
+    match stop {
+        Stop::End => {}
+        Stop::Limit => note(format_args!("ended after {tokens} tokens, as -n asks")),
+        Stop::Context => note(format_args!(
+            "ended because the context of {context} tokens is full; raise --ctx for more"
+        )),
+    }
+    let figure = |speed: Option<f64>| speed.map_or("-".to_owned(), |speed| format!("{speed:.1}"));
+    note(format_args!(
+        "prompt {} tokens, {} tok/s; generated {tokens} tokens, {} tok/s ({} kernels, {} threads)",
+        prompt.len(),
+        figure(pp_tok_s),
+        figure(tg_tok_s),
         engine.kernels(),
         engine.pool().threads()
-    );
+    ));
     Ok(())
+}
+
+/// The prompt on standard input. A line's end belongs to the shell, not to the prompt.
+fn read_prompt() -> anyhow::Result<String> {
+    let mut stdin = std::io::stdin().lock();
+    let mut bytes = Vec::new();
+    if !stdin.is_terminal() {
+        stdin
+            .read_to_end(&mut bytes)
+            .context("standard input: cannot read the prompt")?;
+    }
+    let mut prompt = utf8(bytes, "standard input")?;
+    if prompt.is_empty() {
+        anyhow::bail!(Usage(
+            "no prompt: give one as the last argument or on standard input"
+        ));
+    }
+    if prompt.ends_with('\n') {
+        prompt.pop();
+    }
+    Ok(prompt)
 }

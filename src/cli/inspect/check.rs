@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use anyhow::Context;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::json;
 
+use crate::cli::common::progress;
 use crate::gguf::{Gguf, TensorInfo};
 
 /// Weights that are decoded at a time: a multiple of every block's length.
@@ -51,9 +52,13 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Decodes all tensors, on all cores, and returns the ones that are not finite in the file's order.
-pub(super) fn check(gguf: &Gguf) -> anyhow::Result<Vec<Finding>> {
-    let bar = progress(gguf.tensors.iter().map(|tensor| tensor.bytes).sum());
+/// Template of the bar over the file's bytes.
+const BAR: &str = "check {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+
+/// Decodes all tensors, on `threads` threads (on all cores by default), and returns the ones
+/// that are not finite in the file's order.
+pub(super) fn check(gguf: &Gguf, threads: Option<usize>) -> anyhow::Result<Vec<Finding>> {
+    let bar = progress(gguf.tensors.iter().map(|tensor| tensor.bytes).sum(), BAR);
     let next = AtomicUsize::new(0);
     let work = || -> anyhow::Result<Vec<(usize, Finding)>> {
         let mut findings = Vec::new();
@@ -71,7 +76,8 @@ pub(super) fn check(gguf: &Gguf) -> anyhow::Result<Vec<Finding>> {
             findings.extend(finding.map(|finding| (index, finding)));
         }
     };
-    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let cores = || thread::available_parallelism().map_or(1, usize::from);
+    let threads = threads.unwrap_or_else(cores);
     let mut findings = Vec::new();
     thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
@@ -80,7 +86,6 @@ pub(super) fn check(gguf: &Gguf) -> anyhow::Result<Vec<Finding>> {
         }
         anyhow::Ok(())
     })?;
-    bar.finish_and_clear();
     findings.sort_by_key(|(index, _)| *index);
     Ok(findings.into_iter().map(|(_, finding)| finding).collect())
 }
@@ -123,13 +128,4 @@ fn check_tensor(
         bar.inc(bytes.len() as u64);
     }
     Ok(finding)
-}
-
-/// A bar over the file's bytes; it shows itself on a terminal only.
-fn progress(bytes: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template(
-        "check {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
-    )
-    .expect("the template is well-formed");
-    ProgressBar::new(bytes).with_style(style)
 }
