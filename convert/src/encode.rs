@@ -6,6 +6,10 @@ use rayon::prelude::*;
 /// Weights that a thread takes at a time, as whole rows.
 const BATCH_WEIGHTS: usize = 32 << 10;
 
+/// Where the largest weight of a row lies in here, no scale that follows from it leaves F16's range. Rows outside, and those
+/// that an importance matrix weighs, are decoded again to see whether all is finite.
+const SAFE_PEAKS: std::ops::RangeInclusive<f32> = 1e-15..=16384.0;
+
 /// How a chunk of rows is encoded.
 #[derive(Clone, Copy, Debug)]
 pub struct Job<'a> {
@@ -38,16 +42,13 @@ impl Job<'_> {
     /// Encodes whole rows into `encoded`, whose former content is lost. The bytes do not depend on the number of threads.
     ///
     /// # Errors
-    /// The first weight that is not finite, or that F16 cannot hold where that is the target.
+    /// The first weight that is not finite, or that the target cannot hold: its own range is that of F16 or BF16, or that of its
+    /// blocks' scales, which are F16.
     pub fn encode(&self, stored: &[u8], encoded: &mut Vec<u8>) -> Result<(), BadWeight> {
         let bytes = |kind: BlockType| kind.row_bytes(self.columns).expect("checked when planned");
         let (from_bytes, to_bytes) = (bytes(self.from), bytes(self.to));
         let rows = stored.len() / from_bytes;
         encoded.resize(rows * to_bytes, 0);
-        if self.from == self.to && self.from.block_len() > 1 {
-            encoded.copy_from_slice(stored);
-            return Ok(());
-        }
         let batch = (BATCH_WEIGHTS / self.columns).max(1);
         let bad = stored
             .par_chunks(batch * from_bytes)
@@ -81,26 +82,19 @@ impl Job<'_> {
         weights: &mut [f32],
         encoded: &mut [u8],
     ) -> Result<(), BadWeight> {
-        /// From here on, f16 rounds to infinity.
-        const F16_OVERFLOW: f32 = 65520.0;
-        let limit = if self.to == BlockType::F16 {
-            F16_OVERFLOW
-        } else {
-            f32::INFINITY
-        };
         self.from.decode_row(stored, weights);
-        // One pass without branches first: nearly all rows are sound. NaN compares false.
-        let sound = |weight: &f32| weight.abs() < limit;
-        if !weights.iter().fold(true, |all, weight| all & sound(weight)) {
-            let column = weights
-                .iter()
-                .position(|weight| !sound(weight))
-                .expect("one is bad");
-            return Err(BadWeight {
-                row,
-                column,
-                value: weights[column],
-            });
+        let bad = |column: usize, weights: &[f32]| BadWeight {
+            row,
+            column,
+            value: weights[column],
+        };
+        // As bits, without sign: NaN is above infinity, and that above all numbers.
+        let peak = weights
+            .iter()
+            .fold(0, |peak, weight| peak.max(weight.to_bits() & 0x7fff_ffff));
+        if !f32::from_bits(peak).is_finite() {
+            let column = weights.iter().position(|weight| !weight.is_finite());
+            return Err(bad(column.expect("the peak is one"), weights));
         }
         if self.from == self.to {
             encoded.copy_from_slice(stored);
@@ -112,6 +106,33 @@ impl Job<'_> {
             .map(|all| &all[expert * self.columns..][..self.columns]);
         let encoder = self.to.encoder().expect("checked when planned");
         encoder(weights, importance, encoded);
-        Ok(())
+        let peak = f32::from_bits(peak);
+        if peak == 0.0 || importance.is_none() && SAFE_PEAKS.contains(&peak) {
+            return Ok(());
+        }
+        let mut decoded = vec![0.0; self.columns];
+        self.to.decode_row(encoded, &mut decoded);
+        // Where sums of squares overflow, encoders may also come to a scale of 0 and lose the largest weights.
+        let lost = |column: usize| {
+            let weight = weights[column];
+            importance.is_none()
+                && weight.abs() > *SAFE_PEAKS.end()
+                && weight.abs() == peak
+                && (decoded[column] - weight).abs() > peak / 2.0
+        };
+        let bad_column = (0..self.columns).find(|&c| !decoded[c].is_finite() || lost(c));
+        match bad_column {
+            None => Ok(()),
+            // Of a block with a bad scale, the largest weight is the one to name.
+            Some(first) => {
+                let block = first / self.to.block_len() * self.to.block_len();
+                let columns = block..block + self.to.block_len();
+                let largest = columns.max_by(|&a, &b| {
+                    let size = |column: usize| weights[column].abs();
+                    size(a).total_cmp(&size(b)).then(b.cmp(&a))
+                });
+                Err(bad(largest.expect("blocks hold weights"), weights))
+            }
+        }
     }
 }

@@ -83,9 +83,10 @@ pub enum Error {
         /// NaN, inf or -inf.
         value: f32,
     },
-    /// A finite weight is larger than the target type can hold.
+    /// A finite weight is beyond what the target type, or the scales of its blocks, can hold.
     #[error(
-        "tensor {tensor}, row {row}, column {column}: {value:e} is too large for {kind}: choose BF16 or F32"
+        "tensor {tensor}, row {row}, column {column}: {value:e} is out of {kind}'s range: choose {} for it",
+        if *kind == fewbit::quant::BlockType::BF16 { "F32" } else { "BF16 or F32" }
     )]
     TooLarge {
         /// The tensor, under its GGUF name.
@@ -120,8 +121,11 @@ pub enum Error {
     /// The output would replace a file.
     #[error("{}: exists: choose another name, or replace it with --force", .0.display())]
     Exists(PathBuf),
-    /// The output is one of the inputs.
-    #[error("{}: is an input of this conversion: choose another name", .0.display())]
+    /// The output is a folder.
+    #[error("{}: is a folder: name the file to write", .0.display())]
+    OutputIsFolder(PathBuf),
+    /// The output, or a file that is written on the way to it, is one of the inputs.
+    #[error("{}: is an input of this conversion: choose another name for the output", .0.display())]
     OutputIsInput(PathBuf),
     /// The file system has less room than the output takes.
     #[error("{}: needs {needed} bytes, the file system has {available} free: free {} more", path.display(), needed - available)]

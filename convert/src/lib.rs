@@ -19,6 +19,7 @@ mod error;
 pub mod imatrix;
 pub mod journal;
 pub mod metadata;
+mod output;
 pub mod pipeline;
 pub mod plan;
 pub mod recipe;

@@ -1,11 +1,11 @@
 //! The conversion itself: read, encode, write.
 //!
 //! Three stages work at the same time, bounded queues between them: a thread reads chunks of rows
-//! by position, the pool encodes them, a thread appends them to `OUT.gguf.partial`. A chunk is 16 MiB of
-//! f32 at most and a handful are under way, so memory does not grow with the checkpoint. When the last
+//! by position, the pool encodes them, a thread appends them to `OUT.gguf.partial`. A chunk is 4 Mi weights,
+//! or one row if that is longer, and a handful are under way, so memory does not grow with the checkpoint. When the last
 //! tensor is on the disk, the file gets its final name in one step.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
@@ -22,6 +22,7 @@ use crate::encode::Job;
 use crate::error::{Error, Result};
 use crate::imatrix::Imatrix;
 use crate::journal::{Fingerprint, InputPrint, Journal, with_suffix};
+use crate::output::Output;
 use crate::plan::Plan;
 use crate::recipe::Mix;
 
@@ -91,11 +92,10 @@ pub fn convert(
     progress: &ProgressBar,
 ) -> Result<Report> {
     let started = Instant::now();
-    if output.exists() && !options.force {
-        return Err(Error::Exists(output.to_owned()));
-    }
+    Output::check(output, options.force)?;
     let checkpoint = Checkpoint::open(input)?;
-    refuse_inputs(&checkpoint, options, output)?;
+    let inputs = checkpoint.files.iter().map(|f| f.path.as_path());
+    Output::refuse_inputs(output, inputs.chain(options.imatrix.as_deref()))?;
     let imatrix = options.imatrix.as_deref().map(Imatrix::read).transpose()?;
     let plan = Plan::new(
         &checkpoint,
@@ -105,12 +105,11 @@ pub fn convert(
         options.allow_requantize,
     )?;
 
-    let partial = with_suffix(output, ".partial");
-    let journal = Journal::new(&partial, fingerprint(&checkpoint, &plan, options)?);
-    let present = fs::metadata(&partial).map_or(0, |found| found.len());
+    let present = fs::metadata(with_suffix(output, ".partial")).map_or(0, |found| found.len());
     disk::require(output, plan.layout.file_bytes().saturating_sub(present))?;
-    let _lock = lock(&partial)?;
-    let (writer, kept) = open_writer(&partial, &plan, &journal)?;
+    let file = Output::claim(output, options.force)?;
+    let journal = Journal::new(file.partial(), fingerprint(&checkpoint, &plan, options)?);
+    let (writer, kept) = open_writer(file.partial(), &plan, &journal)?;
 
     let run = Run {
         checkpoint: &checkpoint,
@@ -127,12 +126,11 @@ pub fn convert(
     if let Err(error) = run.stages(writer, &journal, &pool, options.record_every) {
         if matches!(error, Error::NotFinite { .. } | Error::TooLarge { .. }) {
             journal.remove();
-            let _ = fs::remove_file(&partial); // no later run can make use of it
+            file.discard(); // no later run can make use of it
         }
         return Err(error);
     }
-    fs::rename(&partial, output).map_err(Error::io("rename the finished file to", output))?;
-    disk::sync_folder_of(output)?;
+    file.finish()?;
     journal.remove();
     let bytes_read = run.bytes_to_read();
     Ok(Report {
@@ -300,41 +298,6 @@ fn open_writer(partial: &Path, plan: &Plan, journal: &Journal) -> Result<(Writer
     }
     journal.remove();
     Ok((Writer::create(partial, plan.layout.clone())?, 0))
-}
-
-/// Holds the partial file against a second conversion into the same output.
-fn lock(partial: &Path) -> Result<File> {
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(partial);
-    let file = file.map_err(Error::io("create", partial))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(Error::input(
-            partial,
-            "another conversion is writing this file",
-        )),
-        Err(fs::TryLockError::Error(source)) => Err(Error::io("lock", partial)(source)),
-    }
-}
-
-fn refuse_inputs(checkpoint: &Checkpoint, options: &Options, output: &Path) -> Result<()> {
-    let inputs = checkpoint
-        .files
-        .iter()
-        .map(|f| f.path.as_path())
-        .chain(options.imatrix.as_deref());
-    let Ok(output_file) = output.canonicalize() else {
-        return Ok(()); // it does not exist, so it is none of them
-    };
-    for input in inputs {
-        if input.canonicalize().is_ok_and(|i| i == output_file) {
-            return Err(Error::OutputIsInput(output.to_owned()));
-        }
-    }
-    Ok(())
 }
 
 fn fingerprint(checkpoint: &Checkpoint, plan: &Plan, options: &Options) -> Result<Fingerprint> {

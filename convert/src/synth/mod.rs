@@ -10,7 +10,6 @@ mod vocab;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -23,9 +22,9 @@ use self::blocks::{CHUNK, Normals, Pool};
 use crate::checkpoint::names::{Expected, Role, expected};
 use crate::config::{ModelConfig, RopeScaling};
 use crate::disk;
-use crate::error::{Error, Result};
-use crate::journal::with_suffix;
+use crate::error::Result;
 use crate::metadata;
+use crate::output::Output;
 use crate::recipe::{self, Mix, RecipeModel, RecipeTensor};
 
 /// Models whose shapes are known by name.
@@ -162,9 +161,7 @@ pub struct Report {
 /// If the file exists (and is not to be replaced), there is no room for it, or writing fails.
 pub fn synth(output: &Path, options: &Options, progress: &ProgressBar) -> Result<Report> {
     let started = Instant::now();
-    if output.exists() && !options.force {
-        return Err(Error::Exists(output.to_owned()));
-    }
+    Output::check(output, options.force)?;
     let tensors = expected(&options.config);
     let kinds = types(options, &tensors)?;
     let layout = layout(options, &tensors, &kinds)?;
@@ -172,17 +169,13 @@ pub fn synth(output: &Path, options: &Options, progress: &ProgressBar) -> Result
     disk::require(output, file_bytes)?;
     progress.set_length(file_bytes);
 
-    let partial = with_suffix(output, ".partial");
+    let file = Output::claim(output, options.force)?;
     let weights = Weights::new(options);
-    let written = weights
-        .write(&partial, layout, &tensors, &kinds, progress)
-        .and_then(|()| {
-            fs::rename(&partial, output).map_err(Error::io("rename the finished file to", output))
-        });
-    if let Err(error) = written {
-        let _ = fs::remove_file(&partial); // the first error is the one to report
+    if let Err(error) = weights.write(file.partial(), layout, &tensors, &kinds, progress) {
+        file.discard();
         return Err(error);
     }
+    file.finish()?;
     Ok(Report {
         path: output.to_owned(),
         file_bytes,

@@ -148,6 +148,73 @@ fn a_weight_beyond_f16_is_named() {
 }
 
 #[test]
+fn a_finite_weight_that_no_scale_can_hold_is_named_for_every_type() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = random_model(0);
+    let name = "model.layers.0.self_attn.v_proj.weight";
+    model.get_mut(name).unwrap().1[2 * HIDDEN + 9] = 4e37;
+    write_hf(&dir.path().join("m"), &config(0), Dtype::BF16, &model);
+    for mix in Mix::all() {
+        if matches!(mix, Mix::BF16 | Mix::F32) {
+            converted(&dir.path().join("m"), mix);
+            continue;
+        }
+        let message = failure(&dir.path().join("m"), &Options::new(mix));
+        let says = [
+            "blk.0.attn_v.weight",
+            "row 2",
+            "column 9",
+            "choose BF16 or F32",
+        ];
+        assert_says(&message, &says);
+    }
+}
+
+#[test]
+fn a_large_weight_that_fits_stays_finite_for_every_type() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = random_model(0);
+    let name = "model.layers.0.self_attn.v_proj.weight";
+    model.get_mut(name).unwrap().1[2 * HIDDEN + 9] = 60000.0;
+    write_hf(&dir.path().join("m"), &config(0), Dtype::F32, &model);
+    for mix in Mix::all() {
+        let (_, gguf) = converted(&dir.path().join("m"), mix);
+        let weights = tensor_weights(&gguf, "blk.0.attn_v.weight");
+        assert!(weights.iter().all(|weight| weight.is_finite()), "{mix}");
+        assert!(
+            (weights[2 * HIDDEN + 9] / 60000.0 - 1.0).abs() < 0.1,
+            "{mix}"
+        );
+    }
+}
+
+#[test]
+fn a_weight_that_rounds_to_infinity_in_bf16_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = random_model(0);
+    model.get_mut("lm_head.weight").unwrap().1[5] = f32::MAX;
+    write_hf(&dir.path().join("m"), &config(0), Dtype::F32, &model);
+    let message = failure(&dir.path().join("m"), &Options::new(Mix::BF16));
+    assert_says(&message, &["output.weight", "column 5", "choose F32"]);
+    converted(&dir.path().join("m"), Mix::F32);
+}
+
+#[test]
+fn damaged_blocks_are_not_copied() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("m");
+    write_hf(&folder, &config(0), Dtype::BF16, &random_model(0));
+    let (path, gguf) = converted(&folder, Mix::Q8_0);
+    let tensor = gguf.tensor("blk.1.attn_q.weight").unwrap();
+    let mut bytes = fs::read(&path).unwrap();
+    let at = tensor.offset as usize + tensor.row_bytes() * 3;
+    bytes[at..at + 2].copy_from_slice(&half::f16::INFINITY.to_le_bytes());
+    fs::write(&path, bytes).unwrap();
+    let message = failure(&path, &Options::new(Mix::Q8_0));
+    assert_says(&message, &["blk.1.attn_q.weight", "row 3"]);
+}
+
+#[test]
 fn unsupported_models_are_refused_by_name() {
     let refused = [
         ("model_type", json!("qwen2"), "qwen2"),
@@ -233,30 +300,6 @@ fn an_existing_output_is_kept_unless_forced() {
     )
     .unwrap();
     assert!(fs::read(&output).unwrap().starts_with(b"GGUF"));
-}
-
-#[test]
-fn the_output_must_not_be_an_input() {
-    let dir = tempfile::tempdir().unwrap();
-    write_hf(
-        &dir.path().join("m"),
-        &config(0),
-        Dtype::BF16,
-        &random_model(0),
-    );
-    let (gguf, _) = converted(&dir.path().join("m"), Mix::F32);
-    let before = fs::read(&gguf).unwrap();
-    let error = convert(
-        &gguf,
-        &gguf,
-        &Options {
-            force: true,
-            ..q4()
-        },
-    )
-    .unwrap_err();
-    assert!(matches!(error, Error::OutputIsInput(_)));
-    assert!(fs::read(&gguf).unwrap() == before);
 }
 
 #[test]

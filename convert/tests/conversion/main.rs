@@ -8,4 +8,5 @@ mod imatrix;
 mod layouts;
 mod memory;
 mod metadata;
+mod outputs;
 mod resume;
