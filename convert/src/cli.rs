@@ -213,7 +213,7 @@ fn summary(report: &Report) -> String {
         "{}: {} bytes, {:.3} bits per weight, {seconds:.1} s, {:.2} GB/s read",
         report.path.display(),
         report.plan.layout.file_bytes(),
-        report.plan.bits_per_weight(),
+        report.plan.sizes.bits_per_weight(),
         report.bytes_read as f64 / 1e9 / seconds,
     ));
     lines.join("\n")
@@ -230,7 +230,7 @@ fn as_json(report: &Report) -> String {
     json!({
         "file": report.path.display().to_string(),
         "file_bytes": report.plan.layout.file_bytes(),
-        "bits_per_weight": report.plan.bits_per_weight(),
+        "bits_per_weight": report.plan.sizes.bits_per_weight(),
         "seconds": seconds,
         "read_bytes": report.bytes_read,
         "gb_s": report.bytes_read as f64 / 1e9 / seconds,

@@ -121,10 +121,8 @@ struct HfConfig {
     sliding_window: Option<u32>,
     tie_word_embeddings: Option<bool>,
     hidden_act: Option<String>,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
     partial_rotary_factor: Option<f32>,
     quantization_config: Option<Json>,
 }
@@ -194,7 +192,7 @@ impl ModelConfig {
                 "weights are quantized already ({method}): take the original BF16 or F16 checkpoint"
             ));
         }
-        if c.attention_bias || c.mlp_bias {
+        if c.attention_bias == Some(true) || c.mlp_bias == Some(true) {
             return refuse(
                 "attention_bias and mlp_bias are not part of the Mixtral, Mistral and Llama graphs"
                     .into(),
@@ -322,6 +320,34 @@ impl ModelConfig {
                     self.layers, self.experts
                 ),
             ));
+        }
+        if u32::try_from(self.context).is_err() {
+            let what = format!("context length: {} is out of range", self.context);
+            return Err(Error::input(path, what));
+        }
+        for (name, value) in [
+            ("rms_norm_eps", self.rms_eps),
+            ("rope_theta", self.rope_theta),
+        ] {
+            if !(value.is_finite() && value > 0.0) {
+                let what = format!("{name} is {value}: it must be a positive number");
+                return Err(Error::input(path, what));
+            }
+        }
+        if let RopeScaling::Llama3 {
+            low_freq_factor: low,
+            high_freq_factor: high,
+            ..
+        } = self.rope_scaling
+            && low >= high
+        {
+            let what = format!("low_freq_factor {low} must be below high_freq_factor {high}");
+            return Err(Error::input(path, what));
+        }
+        if self.experts == 1 {
+            let what =
+                "a single expert makes no Mixtral: take the dense model that it was made from";
+            return Err(Error::input(path, what));
         }
         if !self.heads.is_multiple_of(self.kv_heads) {
             let (heads, kv) = (self.heads, self.kv_heads);

@@ -10,7 +10,7 @@ use std::fs::{self, DirEntry};
 use std::path::{Path, PathBuf};
 
 use fewbit::gguf::TensorDecl;
-use fewbit::plan::{Group, Shape, Sizes};
+use fewbit::plan::Group;
 use fewbit::quant::BlockType;
 use serde_json::json;
 
@@ -30,9 +30,7 @@ pub struct DryRun {
     path: PathBuf,
     mix: Mix,
     ctx: usize,
-    shape: Shape,
     tensors: Vec<TensorDecl>,
-    sizes: Sizes,
     plan: Plan,
     /// Whether the file's length leaves out a tokenizer that is not there yet.
     without_tokenizer: bool,
@@ -45,15 +43,14 @@ impl DryRun {
     /// # Errors
     /// As in the conversion, where what is there does not fit together.
     pub fn new(input: &Path, options: &Options, ctx: usize) -> Result<Self> {
-        let (checkpoint, without_tokenizer) = if input.is_dir() && !has_weights(input)? {
+        let (mut checkpoint, without_tokenizer) = if input.is_dir() && !has_weights(input)? {
             from_config(input)?
         } else {
             (Checkpoint::open(input)?, false)
         };
-        let shape = Shape::from_metadata(&checkpoint.metadata)?;
         let imatrix = options.imatrix.as_deref().map(Imatrix::read).transpose()?;
         let plan = Plan::new(
-            &checkpoint,
+            &mut checkpoint,
             options.mix,
             &options.overrides,
             imatrix.as_ref(),
@@ -69,8 +66,6 @@ impl DryRun {
             path: input.to_owned(),
             mix: options.mix,
             ctx,
-            sizes: Sizes::of(shape.experts, shape.experts_used, &tensors),
-            shape,
             tensors,
             plan,
             without_tokenizer,
@@ -84,7 +79,9 @@ impl DryRun {
 
     /// RAM that keeps weights, KV cache and scratch resident.
     pub fn ram_bytes(&self) -> u64 {
-        self.shape.ram_bytes(self.sizes.bytes_total(), self.ctx)
+        self.plan
+            .shape
+            .ram_bytes(self.plan.sizes.bytes_total(), self.ctx)
     }
 
     /// What makes a figure inexact.
@@ -104,8 +101,8 @@ impl DryRun {
             })
         };
         json!({
-            "params_total": self.sizes.params_total(),
-            "params_active": self.sizes.params_active(),
+            "params_total": self.plan.sizes.params_total(),
+            "params_active": self.plan.sizes.params_active(),
             "file_bytes": self.file_bytes(),
             "ram_bytes": self.ram_bytes(),
             "tensors": self.tensors.iter().enumerate().map(tensor).collect::<Vec<_>>(),
@@ -133,7 +130,7 @@ impl DryRun {
 
 impl fmt::Display for DryRun {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let sizes = &self.sizes;
+        let sizes = &self.plan.sizes;
         let about = if self.without_tokenizer { "about " } else { "" };
         writeln!(f, "{} as {}", self.path.display(), self.mix)?;
         writeln!(
@@ -146,7 +143,7 @@ impl fmt::Display for DryRun {
             f,
             "file        {about}{}, {:.3} bits per weight",
             bytes(self.file_bytes()),
-            self.plan.bits_per_weight()
+            sizes.bits_per_weight()
         )?;
         writeln!(
             f,
@@ -154,8 +151,8 @@ impl fmt::Display for DryRun {
             bytes(self.ram_bytes()),
             self.ctx,
             bytes(sizes.bytes_total()),
-            bytes(self.shape.kv_bytes(self.ctx, 2)),
-            bytes(self.shape.scratch_bytes())
+            bytes(self.plan.shape.kv_bytes(self.ctx, 2)),
+            bytes(self.plan.shape.scratch_bytes())
         )?;
         writeln!(f)?;
         writeln!(

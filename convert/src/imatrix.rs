@@ -17,11 +17,14 @@ use byteorder::{ByteOrder, LittleEndian};
 use fewbit::gguf::{self, Gguf, Metadata, TensorInfo, Value};
 use fewbit::quant::BlockType;
 
-use crate::checkpoint::Tensor;
+use crate::checkpoint::{HEADER_MEMORY, Tensor};
 use crate::error::{Error, Result};
 
 /// Largest file that is read: Mixtral 8x22B's has 14 M columns, 56 MB.
-const MAX_BYTES: u64 = 256 << 20;
+const MAX_BYTES: u64 = 128 << 20;
+
+/// Most entries of a legacy file: one a matrix, of which Mixtral 8x22B has 561.
+const MAX_ENTRIES: usize = 1 << 16;
 
 /// An importance matrix, ready for use.
 #[derive(Debug)]
@@ -119,7 +122,7 @@ fn truncated(s: &str) -> &str {
 }
 
 fn from_gguf(path: &Path, file: &File) -> Result<Imatrix> {
-    let gguf = gguf::read(path)?;
+    let gguf = gguf::read_within(path, HEADER_MEMORY)?;
     let meta = &gguf.metadata;
     for key in [
         "imatrix.datasets",
@@ -210,6 +213,12 @@ fn from_legacy(path: &Path, file: &File, len: u64) -> Result<Imatrix> {
         return Err(fault(
             path,
             "neither a GGUF imatrix nor a legacy one with entries",
+        ));
+    }
+    if entries > MAX_ENTRIES {
+        return Err(fault(
+            path,
+            format!("{entries} entries are too many: not an imatrix"),
         ));
     }
     let mut values = HashMap::new();

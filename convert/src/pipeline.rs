@@ -93,12 +93,12 @@ pub fn convert(
 ) -> Result<Report> {
     let started = Instant::now();
     Output::check(output, options.force)?;
-    let checkpoint = Checkpoint::open(input)?;
+    let mut checkpoint = Checkpoint::open(input)?;
     let inputs = checkpoint.files.iter().map(|f| f.path.as_path());
     Output::refuse_inputs(output, inputs.chain(options.imatrix.as_deref()))?;
     let imatrix = options.imatrix.as_deref().map(Imatrix::read).transpose()?;
     let plan = Plan::new(
-        &checkpoint,
+        &mut checkpoint,
         options.mix,
         &options.overrides,
         imatrix.as_ref(),

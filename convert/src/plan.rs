@@ -1,6 +1,7 @@
 //! What a conversion will write: every tensor's type, the whole file's layout, what falls back.
 
 use fewbit::gguf::{Layout, TensorDecl};
+use fewbit::plan::{Shape, Sizes};
 use fewbit::quant::BlockType;
 use regex::Regex;
 
@@ -17,8 +18,10 @@ pub struct Plan {
     pub layout: Layout,
     /// Types of its tensors, in order.
     pub kinds: Vec<BlockType>,
-    /// Weights in it.
-    pub weights: u64,
+    /// The model's extents, as the runtime will read them.
+    pub shape: Shape,
+    /// Parameters and bytes of the output's tensors.
+    pub sizes: Sizes,
     /// Tensors whose rows did not hold the blocks of the recipe.
     pub fallbacks: Vec<Fallback>,
 }
@@ -37,18 +40,24 @@ pub struct Fallback {
 }
 
 impl Plan {
-    /// Decides on the types of all tensors and lays the file out.
+    /// Decides on the types of all tensors and lays the file out. The checkpoint's metadata goes into the layout; it is
+    /// moved, since a vocabulary may be large.
     ///
     /// # Errors
-    /// If the recipe or the imatrix does not fit, or quantized weights would have to be quantized again
+    /// If the runtime would not take the model, the recipe or the imatrix does not fit, or quantized weights would have to be quantized again
     /// and `allow_requantize` does not say so.
     pub fn new(
-        checkpoint: &Checkpoint,
+        checkpoint: &mut Checkpoint,
         mix: Mix,
         overrides: &[(Regex, BlockType)],
         imatrix: Option<&Imatrix>,
         allow_requantize: bool,
     ) -> Result<Plan> {
+        let mut meta = std::mem::take(&mut checkpoint.metadata);
+        let shape = Shape::from_metadata(&meta).map_err(|e| match meta.file() {
+            made if made.as_os_str().is_empty() => Error::input(&checkpoint.path, e.to_string()),
+            _ => e.into(),
+        })?;
         let of = &checkpoint.hyperparameters;
         let model = RecipeModel {
             layers: of.layers,
@@ -101,7 +110,6 @@ impl Plan {
             });
         }
 
-        let mut meta = checkpoint.metadata.clone();
         metadata::set_encoding(&mut meta, recipe::ftype_id(mix));
         if let Some(imatrix) = imatrix {
             imatrix.describe(&mut meta);
@@ -109,18 +117,10 @@ impl Plan {
         Ok(Plan {
             layout: Layout::new(&meta, &decls)?,
             kinds: choices.iter().map(|c| c.kind).collect(),
-            weights: checkpoint
-                .tensors
-                .iter()
-                .map(|t| t.columns() as u64 * t.rows() as u64)
-                .sum(),
+            sizes: Sizes::of(shape.experts, shape.experts_used, &decls),
+            shape,
             fallbacks,
         })
-    }
-
-    /// Bits a weight in the whole file.
-    pub fn bits_per_weight(&self) -> f64 {
-        self.layout.file_bytes() as f64 * 8.0 / self.weights as f64
     }
 
     /// The fallbacks in lines for people, tensors of a kind together.

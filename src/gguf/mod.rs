@@ -30,7 +30,7 @@ use crate::quant::BlockType;
 
 pub use error::Error;
 pub use metadata::Metadata;
-pub use read::{parse, read};
+pub use read::{parse, read, read_within};
 pub use value::{Array, Value};
 pub use write::{Layout, TensorDecl, Writer, write_whole};
 

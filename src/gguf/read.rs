@@ -28,8 +28,12 @@ const ALIGNMENTS: std::ops::RangeInclusive<u32> = 8..=1 << 20;
 
 /// Opens a GGUF file; the first file of a split model brings the others.
 pub fn read(path: &Path) -> Result<Gguf, Error> {
+    read_within(path, MAX_MEMORY)
+}
+
+/// As [`read`]; the headers of all files may take about `memory` bytes.
+pub fn read_within(path: &Path, mut memory: u64) -> Result<Gguf, Error> {
     split::check_is_first(path)?;
-    let mut memory = MAX_MEMORY;
     let mut model = begin(path, open(path, 0, &mut memory)?)?;
     for path in split::others(path, &model.metadata)? {
         let number = model.files.len();

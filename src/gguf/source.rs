@@ -252,13 +252,13 @@ impl<'a, R: Read> Source<'a, R> {
                 *self.memory = left;
                 Ok(())
             }
-            None => {
-                let limit = MAX_MEMORY >> 20;
-                Err(self.malformed(
-                    self.position,
-                    format!("the header would take more than {limit} MiB of memory"),
-                ))
-            }
+            None => Err(self.malformed(
+                self.position,
+                format!(
+                    "the header takes too much memory: {bytes} bytes more, {} are left to it",
+                    self.memory
+                ),
+            )),
         }
     }
 

@@ -10,20 +10,24 @@ use super::{Checkpoint, Hyperparameters, InputFile, RowOrder, Slab, Source, Tens
 use crate::error::{Error, Result};
 use crate::recipe::visiting_order;
 
+/// Memory for the headers of all files: the largest vocabularies need an eighth.
+pub(crate) const HEADER_MEMORY: u64 = 64 << 20;
+
 pub(super) fn open(path: &Path) -> Result<Checkpoint> {
-    let gguf = gguf::read(path)?;
+    let gguf = gguf::read_within(path, HEADER_MEMORY)?;
     let hyperparameters = hyperparameters(path, &gguf)?;
     let mut tensors = tensors(path, &gguf, hyperparameters.experts)?;
     tensors.sort_by(|a, b| visiting_order(&a.name).cmp(&visiting_order(&b.name)));
-    let mut metadata = gguf.metadata.clone();
+    let files = gguf
+        .files
+        .iter()
+        .map(|f| InputFile::open(f))
+        .collect::<Result<_>>()?;
+    let mut metadata = gguf.metadata;
     metadata.remove_arrangement();
     Ok(Checkpoint {
         path: path.to_owned(),
-        files: gguf
-            .files
-            .iter()
-            .map(|f| InputFile::open(f))
-            .collect::<Result<_>>()?,
+        files,
         metadata,
         tensors,
         hyperparameters,
@@ -51,6 +55,13 @@ fn hyperparameters(path: &Path, gguf: &Gguf) -> Result<Hyperparameters> {
 }
 
 fn tensors(path: &Path, gguf: &Gguf, experts: usize) -> Result<Vec<Tensor>> {
+    if let Some(deep) = gguf.tensors.iter().find(|t| t.shape.len() > 3) {
+        let what = format!(
+            "tensor {}: shape {:?} has no place in the Mixtral, Mistral and Llama graphs, whose tensors have 1 to 3 extents",
+            deep.name, deep.shape
+        );
+        return Err(Error::input(path, what));
+    }
     /// At least a row is read at a time: this bounds the memory that it takes.
     const MAX_COLUMNS: usize = 1 << 22;
     if let Some(wide) = gguf.tensors.iter().find(|t| t.columns() > MAX_COLUMNS) {

@@ -19,6 +19,7 @@ use fewbit::gguf::Metadata;
 use fewbit::quant::BlockType;
 use serde::de::DeserializeOwned;
 
+pub(crate) use self::gguf::HEADER_MEMORY;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 
@@ -135,12 +136,13 @@ impl Checkpoint {
             }
             return gguf::open(path);
         }
-        let has = |name: &str| path.join(name).is_file();
+        // Folders may hold both layouts, and an index is no sign that its shards were downloaded.
         let shards = files_named(path, "model", "safetensors")?;
-        if has("model.safetensors.index.json") || !shards.is_empty() {
+        let consolidated = files_named(path, "consolidated", "safetensors")?;
+        let indexed = path.join("model.safetensors.index.json").is_file();
+        if !shards.is_empty() || (indexed && consolidated.is_empty()) {
             return hf::open(path, &shards);
         }
-        let consolidated = files_named(path, "consolidated", "safetensors")?;
         if !consolidated.is_empty() {
             return mistral::open(path, &consolidated);
         }

@@ -15,18 +15,16 @@ impl Tensor {
         let rows = self.rows();
         let (slab, unit) = match &self.source {
             Source::Stored { slabs, order, .. } => {
-                let unit = if let RowOrder::Interleave { head_dim } = order {
-                    *head_dim
-                } else {
-                    1
+                // Rows of a head are interleaved in pairs.
+                let unit = match order {
+                    RowOrder::Interleave { .. } => 2,
+                    _ => 1,
                 };
                 (rows / slabs.len(), unit)
             }
             Source::Computed(_) => (rows, 1),
         };
-        let step = (CHUNK_WEIGHTS / self.columns())
-            .next_multiple_of(unit)
-            .max(unit);
+        let step = (CHUNK_WEIGHTS / self.columns() / unit * unit).max(unit);
         (0..rows).step_by(slab).flat_map(move |first| {
             let end = first + slab;
             (first..end)
@@ -62,14 +60,26 @@ impl Checkpoint {
         match order {
             RowOrder::Stored => self.read_at(slab, first * row_bytes, bytes),
             RowOrder::Interleave { head_dim } => {
-                let mut stored = vec![0; bytes.len()];
-                self.read_at(slab, first * row_bytes, &mut stored)?;
-                let heads = stored.chunks_exact(head_dim * row_bytes);
-                for (stored, head) in heads.zip(bytes.chunks_exact_mut(head_dim * row_bytes)) {
-                    for (row, out) in head.chunks_exact_mut(row_bytes).enumerate() {
-                        let from = (row % 2 * (head_dim / 2) + row / 2) * row_bytes;
-                        out.copy_from_slice(&stored[from..from + row_bytes]);
+                let half = head_dim / 2;
+                let mut stored = Vec::new();
+                let mut rest = bytes.as_mut_slice();
+                let mut row = first;
+                while !rest.is_empty() {
+                    // What the chunk holds of a head: as many rows of its first half as of its second.
+                    let (head, within) = (row / head_dim, row % head_dim);
+                    let rows = (head_dim - within).min(rest.len() / row_bytes);
+                    let (part, after) = rest.split_at_mut(rows * row_bytes);
+                    stored.resize(part.len() / 2, 0);
+                    for parity in 0..2 {
+                        let from = head * head_dim + parity * half + within / 2;
+                        self.read_at(slab, from * row_bytes, &mut stored)?;
+                        let to = part.chunks_exact_mut(row_bytes).skip(parity).step_by(2);
+                        for (from, to) in stored.chunks_exact(row_bytes).zip(to) {
+                            to.copy_from_slice(from);
+                        }
                     }
+                    row += rows;
+                    rest = after;
                 }
                 Ok(())
             }

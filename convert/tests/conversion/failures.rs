@@ -234,6 +234,19 @@ fn unsupported_models_are_refused_by_name() {
         ("num_key_value_heads", json!(3), "3 key-value heads"),
         ("hidden_size", json!(0), "hidden size"),
         ("vocab_size", json!(-1), "config.json"),
+        ("rms_norm_eps", json!(0.0), "rms_norm_eps"),
+        ("rope_theta", json!(-1e4), "rope_theta"),
+        (
+            "max_position_embeddings",
+            json!(1_u64 << 32),
+            "context length",
+        ),
+        (
+            "rope_scaling",
+            json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+                   "original_max_position_embeddings": 8192}),
+            "low_freq_factor",
+        ),
     ];
     for (key, value, says) in refused {
         assert_says(
@@ -241,6 +254,45 @@ fn unsupported_models_are_refused_by_name() {
             &["config.json", says],
         );
     }
+}
+
+#[test]
+fn what_the_runtime_would_refuse_is_not_converted() {
+    // Sound by themselves, but beyond the bounds that the runtime has for heads and contexts.
+    let message = failure_of(|config, _| config["max_position_embeddings"] = json!(2_000_000_000));
+    assert_says(&message, &["llama.context_length", "2000000000", "/m: "]);
+    let message = failure_of(|config, model| {
+        config["head_dim"] = json!(2048);
+        for layer in 0..LAYERS {
+            for (name, heads) in [
+                ("q_proj", HEADS),
+                ("k_proj", KV_HEADS),
+                ("v_proj", KV_HEADS),
+            ] {
+                let name = format!("model.layers.{layer}.self_attn.{name}.weight");
+                let rows = heads * 2048;
+                model.insert(name, (vec![rows, HIDDEN], vec![0.0; rows * HIDDEN]));
+            }
+            let name = format!("model.layers.{layer}.self_attn.o_proj.weight");
+            let columns = HEADS * 2048;
+            model.insert(name, (vec![HIDDEN, columns], vec![0.0; HIDDEN * columns]));
+        }
+    });
+    assert_says(&message, &["llama.attention.key_length", "2048"]);
+}
+
+#[test]
+fn a_single_expert_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(1);
+    config["num_experts_per_tok"] = json!(1);
+    write_hf(
+        &dir.path().join("m"),
+        &config,
+        Dtype::BF16,
+        &random_model(1),
+    );
+    assert_says(&failure(&dir.path().join("m"), &q4()), &["single expert"]);
 }
 
 #[test]
@@ -334,6 +386,9 @@ fn exit_codes_tell_failure_from_wrong_usage() {
     assert_eq!(done.status.code(), Some(0));
     let report: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
     assert_eq!(report["file_bytes"], fs::metadata(&output).unwrap().len());
+    let gguf = fewbit::gguf::read(&output).unwrap();
+    let sizes = fewbit::plan::Sizes::of(1, 1, &gguf.tensors);
+    assert_eq!(report["bits_per_weight"], sizes.bits_per_weight());
     assert!(done.stderr.is_empty());
 
     let failed = command(

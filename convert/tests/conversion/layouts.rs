@@ -361,7 +361,11 @@ fn rows_that_hold_no_k_blocks_fall_back_and_are_named() {
     let meta: Metadata = [
         ("general.architecture", Value::String("llama".into())),
         ("llama.block_count", Value::U32(1)),
+        ("llama.context_length", Value::U32(512)),
+        ("llama.embedding_length", Value::U32(576)),
+        ("llama.feed_forward_length", Value::U32(1536)),
         ("llama.attention.head_count", Value::U32(9)),
+        ("llama.vocab_size", Value::U32(2)),
     ]
     .into_iter()
     .collect();
@@ -391,5 +395,66 @@ fn rows_that_hold_no_k_blocks_fall_back_and_are_named() {
             &"blk.0.attn_q.weight: 576 columns hold no whole Q4_K blocks: Q5_0 instead".to_owned()
         ),
         "{lines:?}"
+    );
+}
+
+#[test]
+fn of_two_layouts_the_one_that_was_downloaded_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("m");
+    write_mistral(&folder, 0, &random_model(0));
+    let index = json!({"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00003.safetensors"}});
+    std::fs::write(folder.join("config.json"), config(0).to_string()).unwrap();
+    std::fs::write(
+        folder.join("model.safetensors.index.json"),
+        index.to_string(),
+    )
+    .unwrap();
+    converted(&folder, Mix::BF16);
+}
+
+#[test]
+fn rows_of_a_head_may_be_read_in_parts() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("m");
+    write_hf(&folder, &config(0), Dtype::BF16, &random_model(0));
+    let checkpoint = fewbit_convert::checkpoint::Checkpoint::open(&folder).unwrap();
+    let query = checkpoint
+        .tensors
+        .iter()
+        .find(|t| t.name == "blk.0.attn_q.weight")
+        .unwrap();
+    let (mut whole, mut part, mut parts) = (Vec::new(), Vec::new(), Vec::new());
+    let rows = query.rows();
+    checkpoint.read_rows(query, 0..rows, &mut whole).unwrap();
+    // Parts of a head, and such as begin in one and end in the next.
+    for step in [2, 6, HEAD_DIM - 2, HEAD_DIM + 10] {
+        parts.clear();
+        for first in (0..rows).step_by(step) {
+            let chunk = first..(first + step).min(rows);
+            checkpoint.read_rows(query, chunk, &mut part).unwrap();
+            parts.extend_from_slice(&part);
+        }
+        assert!(parts == whole, "{step}");
+    }
+}
+
+#[test]
+fn a_tensor_of_four_extents_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("m");
+    write_hf(&folder, &config(0), Dtype::BF16, &random_model(0));
+    let (_, gguf) = converted(&folder, Mix::F32);
+    let path = dir.path().join("deep.gguf");
+    let decl = TensorDecl {
+        name: "blk.0.attn_q.weight".into(),
+        kind: BlockType::F32,
+        shape: vec![32, 2, 2, 2],
+    };
+    write_whole(&path, &gguf.metadata, &[(decl, &[0; 1024])]).unwrap();
+    let message = failure(&path, &Options::new(Mix::Q8_0));
+    assert!(
+        message.contains("blk.0.attn_q.weight") && message.contains("[32, 2, 2, 2]"),
+        "{message}"
     );
 }
