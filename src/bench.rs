@@ -79,7 +79,7 @@ impl Test {
                 let tokens = random(tokens);
                 let start = Instant::now();
                 for token in tokens {
-                    session.feed(&[token])?;
+                    session.step(token)?;
                 }
                 Ok(start.elapsed())
             }

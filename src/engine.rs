@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::gguf::{self, Gguf};
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, Phase};
 use crate::model::{self, KvCache, KvKind, Model, Slot, State, forward};
 use crate::plan;
 use crate::threads::{self, Pool};
@@ -238,9 +238,16 @@ impl Engine {
     }
 
     /// One forward pass; the guard gives access to the logits.
-    fn forward(&self, slots: Vec<Slot<'_>>) -> MutexGuard<'_, State> {
+    fn forward(&self, phase: Phase, slots: Vec<Slot<'_>>) -> MutexGuard<'_, State> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        forward(&self.model, &self.pool, &self.kernels, &mut state, slots);
+        forward(
+            &self.model,
+            &self.pool,
+            &self.kernels,
+            phase,
+            &mut state,
+            slots,
+        );
         state
     }
 }
@@ -275,7 +282,8 @@ impl Session {
         &self.logits
     }
 
-    /// Appends `tokens` and returns the logits after the last of them.
+    /// Appends a prompt and returns the logits after its last token. They are the same bits
+    /// however a prompt is cut into calls.
     ///
     /// # Errors
     /// [`Error::ContextFull`], [`Error::Token`], and [`Error::Empty`] where `tokens` is empty;
@@ -286,7 +294,17 @@ impl Session {
         Ok(&self.logits)
     }
 
-    /// Appends `tokens` and calls `visit(i, logits)` for each index `i >= from` with the logits
+    /// Appends a token that was generated, by the kernels for single tokens, and returns the
+    /// logits after it. They differ from those of [`feed`](Self::feed) by rounding.
+    ///
+    /// # Errors
+    /// As [`feed`](Self::feed).
+    pub fn step(&mut self, token: u32) -> Result<&[f32], Error> {
+        self.append(Phase::Generate, &[token], 0, |_, _| {})?;
+        Ok(&self.logits)
+    }
+
+    /// Appends a prompt and calls `visit(i, logits)` for each index `i >= from` with the logits
     /// after `tokens[i]`, in order. The last logits are kept as by [`feed`](Self::feed).
     /// The engine is busy while `visit` runs: it must not feed another session of it.
     ///
@@ -294,6 +312,16 @@ impl Session {
     /// As [`feed`](Self::feed).
     pub fn score(
         &mut self,
+        tokens: &[u32],
+        from: usize,
+        visit: impl FnMut(usize, &[f32]),
+    ) -> Result<(), Error> {
+        self.append(Phase::Prompt, tokens, from, visit)
+    }
+
+    fn append(
+        &mut self,
+        phase: Phase,
         tokens: &[u32],
         from: usize,
         mut visit: impl FnMut(usize, &[f32]),
@@ -317,11 +345,12 @@ impl Session {
         let mut start = 0;
         for part in tokens.chunks(engine.batch) {
             let logits_from = from.saturating_sub(start).min(part.len());
-            let state = engine.forward(vec![Slot {
+            let slot = Slot {
                 cache: &mut self.cache,
                 tokens: part,
                 logits_from,
-            }]);
+            };
+            let state = engine.forward(phase, vec![slot]);
             for (index, logits) in (start + logits_from..).zip(state.logits.chunks_exact(vocab)) {
                 if !logits.iter().all(|logit| logit.is_finite()) {
                     let position = self.tokens.len() + index;

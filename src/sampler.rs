@@ -144,7 +144,7 @@ impl Iterator for Generation<'_> {
     fn next(&mut self) -> Option<Self::Item> {
         self.left = self.left.checked_sub(1)?;
         if let Some(token) = self.pending.take()
-            && let Err(error) = self.session.feed(&[token])
+            && let Err(error) = self.session.step(token)
         {
             self.left = 0;
             return Some(Err(error));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use fewbit::engine::{ActivationMode, Engine, Options, Session};
 use fewbit::gguf::{self, TensorDecl, Value, names};
-use fewbit::kernels::Kernels;
+use fewbit::kernels::{Kernels, Phase};
 use fewbit::model::{KvCache, KvKind, Model, Slot, State, forward};
 use fewbit::quant::BlockType;
 use fewbit::threads::Pool;
@@ -120,6 +120,36 @@ fn a_prompt_may_be_cut_anywhere_without_changing_a_bit() {
             whole[..100 * engine.shape().vocab] == logits_in_parts(&engine, head, &each)[..],
             "{mix}, one by one"
         );
+    }
+}
+
+#[test]
+fn a_prompt_and_single_steps_differ_by_rounding_alone() {
+    let log_softmax = |row: &[f32]| -> Vec<f64> {
+        let max = row.iter().fold(f32::NEG_INFINITY, |max, &x| max.max(x));
+        let sum: f64 = row.iter().map(|x| f64::from(x - max).exp()).sum();
+        let shift = f64::from(max) + sum.ln();
+        row.iter().map(|&x| f64::from(x) - shift).collect()
+    };
+    for mix in ["Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16"] {
+        let engine = fixture::tiny_mixtral(mix).load(&Options::default());
+        let vocab = engine.shape().vocab;
+        let tokens = prompt(&engine, "en", 200);
+        let prompted = logits(&engine, &tokens);
+        let mut session = engine.session(tokens.len()).unwrap();
+        let mut divergence = 0.0;
+        for (token, prompted) in tokens.iter().zip(prompted.chunks_exact(vocab)) {
+            let p = log_softmax(prompted);
+            let q = log_softmax(session.step(*token).unwrap());
+            divergence += p
+                .iter()
+                .zip(&q)
+                .map(|(p, q)| p.exp() * (p - q))
+                .sum::<f64>();
+        }
+        let mean = divergence / tokens.len() as f64;
+        println!("{mix}: mean KL divergence of single steps from the prompt {mean:.2e}");
+        assert!(mean.abs() < 1e-4, "{mix}: {mean}");
     }
 }
 
@@ -402,7 +432,14 @@ fn a_batch_of_several_timelines_changes_no_bit() {
             tokens,
             logits_from: 0,
         });
-        forward(&model, &pool, kernels, &mut state, slots.collect());
+        forward(
+            &model,
+            &pool,
+            kernels,
+            Phase::Prompt,
+            &mut state,
+            slots.collect(),
+        );
         let mut together = state.logits.chunks_exact(vocab);
         for ((prompt, tokens), before) in prompts.iter().zip(&tokens).zip(before) {
             let whole = if before == 0 {

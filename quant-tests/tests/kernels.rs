@@ -1,7 +1,7 @@
 //! Every table of kernels that this machine offers, held against arithmetic in f64.
 
 use fewbit::kernels::activations::{SCALE_LEN, SUM_LEN};
-use fewbit::kernels::{Activation, Activations, Kernels};
+use fewbit::kernels::{Activation, Activations, Kernels, Phase, TILE_ROWS};
 use fewbit::quant::BlockType;
 use fewbit::tensor::Rows;
 use fewbit::threads::Pool;
@@ -93,9 +93,15 @@ impl Weights {
 }
 
 fn activations(kernels: &Kernels, x: &[f32]) -> Activations {
-    let mut activations = Activations::new(1, x.len());
-    activations.fill(&Pool::new(1).unwrap(), kernels, 1, |_, row| {
-        row.copy_from_slice(x)
+    all_activations(kernels, x.len(), x)
+}
+
+/// Rows of `cols` activations.
+fn all_activations(kernels: &Kernels, cols: usize, x: &[f32]) -> Activations {
+    let tokens = x.len() / cols;
+    let mut activations = Activations::new(tokens, cols);
+    activations.fill(&Pool::new(1).unwrap(), kernels, tokens, |t, row| {
+        row.copy_from_slice(&x[t * cols..(t + 1) * cols]);
     });
     activations
 }
@@ -148,6 +154,17 @@ fn dots(kernels: &Kernels, rows: Rows<'_>, x: Activation<'_>) -> Vec<f32> {
     let mut out = vec![f32::NAN; rows.len()];
     kernels.dot_rows(rows, x, &mut out);
     out
+}
+
+/// The products of a tile as a prompt has them, one row a token.
+fn tile(kernels: &Kernels, rows: Rows<'_>, x: &[Activation<'_>]) -> Vec<Vec<f32>> {
+    let mut out = vec![[f32::NAN; TILE_ROWS]; x.len()];
+    kernels.product(Phase::Prompt, rows, x, &mut out);
+    out.iter().map(|sums| sums[..rows.len()].to_vec()).collect()
+}
+
+fn same_bits(a: &[f32], b: &[f32]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
 }
 
 #[test]
@@ -235,6 +252,10 @@ fn extreme_codes_do_not_saturate() {
                     if let Some(what) = disagreement(weights.rows(), &seen, &dots) {
                         panic!("{}: bytes {byte:#x}: {what}", kernels.name);
                     }
+                    let tile = tile(kernels, weights.rows(), &[x.row(0)]);
+                    if let Some(what) = disagreement(weights.rows(), &seen, &tile[0]) {
+                        panic!("{}: tile: bytes {byte:#x}: {what}", kernels.name);
+                    }
                 }
             }
         }
@@ -261,6 +282,99 @@ fn a_row_has_the_same_bits_in_any_company() {
                                 .all(|(a, b)| a.to_bits() == b.to_bits());
                             assert!(same, "{} {kind} {cols} {start}..{end}", kernels.name);
                         }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_table_multiplies_tiles_as_f64_does() {
+    let mut rng = ChaCha8Rng::seed_from_u64(11);
+    let shapes = [
+        (1, 1),
+        (5, 70),
+        (15, 2),
+        (16, 3),
+        (17, 4),
+        (31, 5),
+        (32, 13),
+    ];
+    for &kind in BlockType::ALL {
+        for (index, cols) in cols_of(kind).enumerate() {
+            for (shift, (rows, tokens)) in shapes.into_iter().enumerate() {
+                if cols > 1536 && (index + shift) % 3 > 0 {
+                    continue; // long rows take long
+                }
+                let weights = Weights::random(kind, rows, cols, shift, &mut rng);
+                let x = random_x(tokens * cols, &mut rng);
+                for kernels in Kernels::available() {
+                    let x = all_activations(kernels, cols, &x);
+                    let x: Vec<_> = (0..tokens).map(|t| x.row(t)).collect();
+                    let sums = tile(kernels, weights.rows(), &x);
+                    for (t, sums) in sums.iter().enumerate() {
+                        let seen = as_seen(kind, x[t]);
+                        if let Some(what) = disagreement(weights.rows(), &seen, sums) {
+                            panic!("{}: token {t} of {tokens}: {what}", kernels.name);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_product_of_a_tile_has_the_same_bits_in_any_company() {
+    let mut rng = ChaCha8Rng::seed_from_u64(12);
+    let tokens = 23;
+    for &kind in BlockType::ALL {
+        for cols in cols_of(kind).filter(|&cols| cols <= 1536) {
+            let weights = Weights::random(kind, 32, cols, 3, &mut rng);
+            let x = random_x(tokens * cols, &mut rng);
+            for table in Kernels::available() {
+                let x = all_activations(table, cols, &x);
+                let x: Vec<_> = (0..tokens).map(|t| x.row(t)).collect();
+                for kernels in [*table, table.exact()] {
+                    let together = tile(&kernels, weights.rows(), &x);
+                    for _ in 0..12 {
+                        let (first, last) = (rng.random_range(0..32), rng.random_range(0..32));
+                        let rows = first.min(last)..first.max(last) + 1;
+                        // Tokens as an expert gathers them: some, not side by side.
+                        let mut some: Vec<usize> = (0..tokens).collect();
+                        some.retain(|_| rng.random_ratio(2, 5));
+                        let gathered: Vec<_> = some.iter().map(|&t| x[t]).collect();
+                        let sums = tile(&kernels, weights.rows().slice(rows.clone()), &gathered);
+                        for (sums, &t) in sums.iter().zip(&some) {
+                            assert!(
+                                same_bits(sums, &together[t][rows.clone()]),
+                                "{} {kind} {cols}: rows {rows:?}, token {t} of {some:?}",
+                                kernels.name
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn tiles_in_f32_have_the_bits_of_the_dots() {
+    let mut rng = ChaCha8Rng::seed_from_u64(13);
+    for &kind in BlockType::ALL {
+        for cols in cols_of(kind) {
+            let weights = Weights::random(kind, 9, cols, 1, &mut rng);
+            let x = random_x(3 * cols, &mut rng);
+            for table in Kernels::available() {
+                let x = all_activations(table, cols, &x);
+                let x: Vec<_> = (0..3).map(|t| x.row(t)).collect();
+                let tables = [Some(table.exact()), is_float(kind).then_some(*table)];
+                for kernels in tables.iter().flatten() {
+                    for (sums, x) in tile(kernels, weights.rows(), &x).iter().zip(&x) {
+                        let dots = dots(kernels, weights.rows(), *x);
+                        assert!(same_bits(sums, &dots), "{} {kind} {cols}", kernels.name);
                     }
                 }
             }
@@ -399,6 +513,11 @@ fn a_nan_among_the_activations_is_not_hidden() {
                 assert!(
                     dots.iter().all(|dot| !dot.is_finite()),
                     "{name} {kind}: {dots:?}"
+                );
+                let tile = tile(kernels, weights.rows(), &[x.row(0)]);
+                assert!(
+                    tile[0].iter().all(|sum| !sum.is_finite()),
+                    "{name} {kind}: {tile:?}"
                 );
             }
         }

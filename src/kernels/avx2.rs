@@ -25,6 +25,7 @@ use half::f16;
 
 use super::activations::{SCALE_LEN, SUM_LEN, inverse_scale};
 use super::scalar::decode_pieces;
+use super::tiles::{self, Tile};
 use super::x86::{SuperBlock, as_blocks, broadcast_f16, each_row, entry, load_16};
 use super::{Activation, DotRows, Kernels};
 use crate::quant::{
@@ -37,7 +38,9 @@ use crate::tensor::Rows;
 static KERNELS: Kernels = Kernels {
     name: "avx2",
     dot,
+    tile,
     exact,
+    exact_tile,
     quantize,
     dot_f16,
     axpy_f16,
@@ -70,6 +73,18 @@ pub(super) fn dot(kind: BlockType) -> DotRows {
         BlockType::Q6_K => entry!(dot_super_blocks::<BlockQ6K>),
         BlockType::IQ4_XS => entry!(dot_super_blocks::<BlockIQ4XS>),
     }
+}
+
+pub(super) fn tile(kind: BlockType) -> Option<Tile> {
+    match kind {
+        BlockType::F32 | BlockType::F16 | BlockType::BF16 => exact_tile(kind),
+        _ => None,
+    }
+}
+
+/// The tile product in f32: rows are decoded once for all tokens.
+pub(super) fn exact_tile(_: BlockType) -> Option<Tile> {
+    Some(|rows, x, out| tiles::decoded(rows, x, out, entry!(dot_floats::<F32>)))
 }
 
 pub(super) fn exact(kind: BlockType) -> DotRows {

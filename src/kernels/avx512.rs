@@ -19,7 +19,7 @@ use std::arch::x86_64::*;
 use bytemuck::Zeroable;
 
 use super::x86::{SuperBlock, each_row, entry, half_bits, load_16};
-use super::{Activation, DotRows, Kernels, avx2};
+use super::{Activation, DotRows, Kernels, Tile, avx2, avx512_tiles};
 use crate::quant::{
     Block, BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
     BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockType, F16, IQ4_VALUES, MXFP4_DOUBLED,
@@ -29,7 +29,9 @@ use crate::tensor::Rows;
 static KERNELS: Kernels = Kernels {
     name: "avx512",
     dot,
+    tile,
     exact: avx2::exact,
+    exact_tile: avx2::exact_tile,
     quantize: avx2::quantize,
     dot_f16: avx2::dot_f16,
     axpy_f16: avx2::axpy_f16,
@@ -62,6 +64,10 @@ fn dot(kind: BlockType) -> DotRows {
         BlockType::Q6_K => entry!(dot_super_blocks::<BlockQ6K>),
         BlockType::IQ4_XS => entry!(dot_super_blocks::<BlockIQ4XS>),
     }
+}
+
+fn tile(kind: BlockType) -> Option<Tile> {
+    avx512_tiles::tile(kind).or_else(|| avx2::exact_tile(kind))
 }
 
 /// Two small blocks of a row, of which 64 codes are made.

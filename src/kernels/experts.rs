@@ -6,8 +6,10 @@
 //! Tokens are grouped by expert ([`Routes`]), so that each weight row is read once a batch; the
 //! activations themselves stay where they are and are found through the routes.
 
-use super::linear::{Out, ROWS};
-use super::{Activations, Kernels};
+use std::ops::Range;
+
+use super::linear::{Out, Product, chunks};
+use super::{Activations, Kernels, Phase, TILE_ROWS};
 use crate::experts::Expert;
 use crate::threads::Pool;
 
@@ -51,10 +53,9 @@ impl Routes {
         (0..self.starts.len() - 1).filter(|&expert| self.starts[expert] < self.starts[expert + 1])
     }
 
-    /// The routes of `expert`: `(index of the route, token, weight)`.
-    fn of(&self, expert: usize) -> impl Iterator<Item = (usize, usize, f32)> + '_ {
-        let range = self.starts[expert]..self.starts[expert + 1];
-        range.map(|index| (index, self.routes[index].0, self.routes[index].1))
+    /// The routes of `expert`, by index.
+    fn of(&self, expert: usize) -> Range<usize> {
+        self.starts[expert]..self.starts[expert + 1]
     }
 }
 
@@ -62,9 +63,11 @@ impl Routes {
 ///
 /// `hidden` is scratch for one row of `ffn` columns a route; `residual` holds `x.len()` rows of
 /// as many columns as `x`.
+#[allow(clippy::too_many_arguments)] // the operands of the layer
 pub fn feed_forward(
     pool: &Pool,
     kernels: &Kernels,
+    phase: Phase,
     experts: &[Expert],
     routes: &Routes,
     x: &Activations,
@@ -77,43 +80,51 @@ pub fn feed_forward(
 
     hidden.resize(routes.len());
     let parts = hidden.parts();
-    let chunks = ffn.div_ceil(ROWS);
-    pool.run(active.len() * chunks, &|task| {
-        let (expert, start) = (active[task / chunks], task % chunks * ROWS);
-        let range = start..(start + ROWS).min(ffn);
+    let tiles = ffn.div_ceil(TILE_ROWS);
+    pool.run(active.len() * tiles, &|task| {
+        let (expert, start) = (active[task / tiles], task % tiles * TILE_ROWS);
+        let range = start..(start + TILE_ROWS).min(ffn);
         let (gate, up) = (
             experts[expert].gate.rows(range.clone()),
             experts[expert].up.rows(range.clone()),
         );
-        for (route, token, _) in routes.of(expert) {
-            // SAFETY: tasks differ in expert (and so in route) or in columns.
-            let mut part = unsafe { parts.columns(route, start, range.len()) };
-            let mut ups = [0.0; ROWS];
-            let ups = &mut ups[..range.len()];
-            kernels.dot_rows(gate, x.row(token), part.x);
-            kernels.dot_rows(up, x.row(token), ups);
-            for (h, up) in part.x.iter_mut().zip(ups) {
-                *h = silu(*h) * *up;
+        for some in chunks(routes.of(expert)) {
+            let x = || some.clone().map(|route| x.row(routes.routes[route].0));
+            let (mut gates, mut ups) = (Product::new(), Product::new());
+            gates.compute(kernels, phase, gate, x());
+            ups.compute(kernels, phase, up, x());
+            for ((route, gates), ups) in some.clone().zip(&gates.sums).zip(&ups.sums) {
+                // SAFETY: tasks differ in expert (and so in route) or in columns.
+                let mut part = unsafe { parts.columns(route, start, range.len()) };
+                for ((h, gate), up) in part.x.iter_mut().zip(gates).zip(ups) {
+                    *h = silu(*gate) * *up;
+                }
+                part.quantize(kernels);
             }
-            part.quantize(kernels);
         }
     });
 
     let hidden = &*hidden;
     let out = Out::new(residual, x.len(), width);
-    pool.run(width.div_ceil(ROWS), &|task| {
-        let range = task * ROWS..((task + 1) * ROWS).min(width);
+    pool.run(width.div_ceil(TILE_ROWS), &|task| {
+        let range = task * TILE_ROWS..((task + 1) * TILE_ROWS).min(width);
         for &expert in &active {
             let down = experts[expert].down.rows(range.clone());
-            for (route, token, weight) in routes.of(expert) {
-                let mut sums = [0.0; ROWS];
-                let sums = &mut sums[..range.len()];
-                kernels.dot_rows(down, hidden.row(route), sums);
-                // SAFETY: tasks take disjoint ranges of columns.
-                let out = unsafe { out.columns(token, range.start, range.len()) };
-                out.iter_mut()
-                    .zip(sums)
-                    .for_each(|(out, sum)| *out += weight * *sum);
+            for some in chunks(routes.of(expert)) {
+                let mut downs = Product::new();
+                downs.compute(
+                    kernels,
+                    phase,
+                    down,
+                    some.clone().map(|route| hidden.row(route)),
+                );
+                for (&(token, weight), sums) in routes.routes[some].iter().zip(&downs.sums) {
+                    // SAFETY: tasks take disjoint ranges of columns.
+                    let out = unsafe { out.columns(token, range.start, range.len()) };
+                    out.iter_mut()
+                        .zip(sums)
+                        .for_each(|(out, sum)| *out += weight * *sum);
+                }
             }
         }
     });

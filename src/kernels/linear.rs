@@ -1,14 +1,13 @@
 //! Matrix times activations, spread over the pool.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
-use super::{Activations, Kernels};
-use crate::tensor::Matrix;
+use arrayvec::ArrayVec;
+
+use super::{Activation, Activations, Kernels, Phase, TILE_ROWS, TILE_TOKENS};
+use crate::tensor::{Matrix, Rows};
 use crate::threads::Pool;
-
-/// Rows of a matrix that one task takes: small enough to balance cores of different speed,
-/// large enough that claiming costs nothing (32 rows of 4096 four-bit weights are 74 KB).
-pub(super) const ROWS: usize = 32;
 
 /// What a product does with its output.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -21,10 +20,14 @@ pub enum Into {
 
 /// Computes several products of the same activations in one task space: for each
 /// `(matrix, out)`, `out[t, r] = matrix[r] · x[t]` (or adds it), `out` holding `x.len()` rows
-/// of `matrix.rows`. Every output depends on its own row and token alone.
+/// of `matrix.rows`. Every output depends on its own row and token (and on the phase) alone.
+///
+/// A task takes [`TILE_ROWS`] rows: few enough to balance cores of different speed, and enough
+/// that claiming costs nothing (32 rows of 4096 four-bit weights are 74 KB).
 pub fn linear(
     pool: &Pool,
     kernels: &Kernels,
+    phase: Phase,
     x: &Activations,
     into: Into,
     products: &mut [(&Matrix, &mut [f32])],
@@ -35,34 +38,79 @@ pub fn linear(
         .collect();
     let tasks = products
         .iter()
-        .map(|(matrix, _)| matrix.rows.div_ceil(ROWS))
+        .map(|(matrix, _)| matrix.rows.div_ceil(TILE_ROWS))
         .sum();
     pool.run(tasks, &|mut task| {
         let (matrix, out) = products
             .iter()
             .find(|(matrix, _)| {
-                let own = matrix.rows.div_ceil(ROWS);
+                let own = matrix.rows.div_ceil(TILE_ROWS);
                 let found = task < own;
                 task -= if found { 0 } else { own };
                 found
             })
             .expect("tasks were counted over the same products");
-        let range = task * ROWS..((task + 1) * ROWS).min(matrix.rows);
+        let range = task * TILE_ROWS..((task + 1) * TILE_ROWS).min(matrix.rows);
         let rows = matrix.rows(range.clone());
-        for token in 0..x.len() {
-            // SAFETY: tasks take disjoint ranges of rows.
-            let out = unsafe { out.columns(token, range.start, range.len()) };
-            match into {
-                Into::Set => kernels.dot_rows(rows, x.row(token), out),
-                Into::Add => {
-                    let mut sums = [0.0; ROWS];
-                    let sums = &mut sums[..out.len()];
-                    kernels.dot_rows(rows, x.row(token), sums);
-                    out.iter_mut().zip(sums).for_each(|(out, sum)| *out += *sum);
+        for tokens in chunks(0..x.len()) {
+            let mut product = Product::new();
+            product.compute(
+                kernels,
+                phase,
+                rows,
+                tokens.clone().map(|token| x.row(token)),
+            );
+            for (token, sums) in tokens.zip(&product.sums) {
+                // SAFETY: tasks take disjoint ranges of rows.
+                let out = unsafe { out.columns(token, range.start, range.len()) };
+                match into {
+                    Into::Set => out.copy_from_slice(&sums[..out.len()]),
+                    Into::Add => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += *sum),
                 }
             }
         }
     });
+}
+
+/// Cuts a range into ranges of at most [`TILE_TOKENS`].
+pub(super) fn chunks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    let starts = range.step_by(TILE_TOKENS);
+    starts.map(move |start| start..(start + TILE_TOKENS).min(end))
+}
+
+/// Storage on the stack for the product of a tile with up to [`TILE_TOKENS`] tokens.
+pub(super) struct Product<'a> {
+    x: ArrayVec<Activation<'a>, TILE_TOKENS>,
+    /// The product, `[tokens][rows]`.
+    pub(super) sums: ArrayVec<[f32; TILE_ROWS], TILE_TOKENS>,
+}
+
+impl<'a> Product<'a> {
+    #[inline]
+    pub(super) fn new() -> Self {
+        Self {
+            x: ArrayVec::new_const(),
+            sums: ArrayVec::new_const(),
+        }
+    }
+
+    /// Computes it.
+    pub(super) fn compute(
+        &mut self,
+        kernels: &Kernels,
+        phase: Phase,
+        rows: Rows<'_>,
+        x: impl Iterator<Item = Activation<'a>>,
+    ) {
+        self.x.clear();
+        self.sums.clear();
+        for x in x {
+            self.x.push(x);
+            self.sums.push([0.0; TILE_ROWS]);
+        }
+        kernels.product(phase, rows, &self.x, &mut self.sums);
+    }
 }
 
 /// An output matrix `[tokens, rows]` that tasks write disjoint columns of.

@@ -14,15 +14,21 @@ pub mod activations;
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_panels;
+#[cfg(target_arch = "x86_64")]
+mod avx512_tiles;
 pub mod experts;
 pub mod limits;
 pub mod linear;
 pub mod scalar;
+pub mod tiles;
 pub mod unpack;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 pub use activations::{Activation, Activations};
+pub use tiles::{TILE_ROWS, TILE_TOKENS, Tile};
 
 use crate::quant::BlockType;
 use crate::tensor::Rows;
@@ -35,6 +41,16 @@ pub type DotRows = fn(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]);
 /// Quantizes activations to codes, a scale for each 32, and a sum of codes for each 16.
 pub type Quantize = fn(x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [i16]);
 
+/// What a forward pass is for. It decides which kernels multiply: how many tokens meet at a
+/// matrix or at an expert never does, so that a token's result does not depend on its company.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Many tokens that are known beforehand: tiles of rows, unpacked once for all of them.
+    Prompt,
+    /// A token, or a few, of each timeline: dot products with rows as they lie.
+    Generate,
+}
+
 /// The functions of one instruction set.
 #[derive(Clone, Copy)]
 pub struct Kernels {
@@ -42,9 +58,14 @@ pub struct Kernels {
     pub name: &'static str,
     /// The dot product for each type.
     pub dot: fn(BlockType) -> DotRows,
-    /// The same in f32 throughout: rows are decoded and multiplied with `x.x`. For any type, and
+    /// The product of a tile of rows with many tokens for each type: what [`Phase::Prompt`] takes.
+    /// `None`: the dot product of each row and token.
+    pub tile: fn(BlockType) -> Option<Tile>,
+    /// The dot product in f32 throughout: rows are decoded and multiplied with `x.x`. For any type, and
     /// slow: see [`Kernels::exact`].
     pub exact: fn(BlockType) -> DotRows,
+    /// The tile product in f32 throughout, with the bits of [`Kernels::exact`]'s dot products.
+    pub exact_tile: fn(BlockType) -> Option<Tile>,
     /// Quantizes activations: see [`activations::quantize`].
     pub quantize: Quantize,
     /// Dots f32 with f16: `Σ x[i] · y[i]` (a query with a key).
@@ -82,6 +103,7 @@ impl Kernels {
     pub fn exact(&self) -> Kernels {
         Kernels {
             dot: self.exact,
+            tile: self.exact_tile,
             ..*self
         }
     }
@@ -90,5 +112,25 @@ impl Kernels {
     pub fn dot_rows(&self, rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
         debug_assert_eq!((rows.cols, rows.len()), (x.x.len(), out.len()));
         (self.dot)(rows.kind)(rows, x, out);
+    }
+
+    /// `out[t][r] = rows[r] · x[t]` for up to [`TILE_ROWS`] rows, by the kernels of `phase`;
+    /// what lies beyond the last row is left undefined.
+    pub fn product(
+        &self,
+        phase: Phase,
+        rows: Rows<'_>,
+        x: &[Activation<'_>],
+        out: &mut [[f32; TILE_ROWS]],
+    ) {
+        debug_assert_eq!(x.len(), out.len());
+        match (self.tile)(rows.kind).filter(|_| phase == Phase::Prompt) {
+            Some(tile) => tile(rows, x, out),
+            None => {
+                for (x, out) in x.iter().zip(out) {
+                    self.dot_rows(rows, *x, &mut out[..rows.len()]);
+                }
+            }
+        }
     }
 }

@@ -14,6 +14,7 @@
 
 use half::f16;
 
+use super::tiles::{self, TILE_ROWS, Tile};
 use super::unpack::{GROUP, Unpack};
 use super::{Activation, DotRows, Kernels, activations};
 use crate::quant::{
@@ -26,7 +27,9 @@ use crate::tensor::Rows;
 pub static KERNELS: Kernels = Kernels {
     name: "scalar",
     dot,
+    tile,
     exact: |_| dot_decoded,
+    exact_tile: |_| Some(tile_decoded),
     quantize: activations::quantize,
     dot_f16,
     axpy_f16,
@@ -52,6 +55,25 @@ fn dot(kind: BlockType) -> DotRows {
         BlockType::IQ4_XS => dot_rows::<BlockIQ4XS>,
         BlockType::MXFP4 => dot_rows::<BlockMXFP4>,
     }
+}
+
+fn tile(kind: BlockType) -> Option<Tile> {
+    Some(match kind {
+        BlockType::F32 | BlockType::F16 | BlockType::BF16 => tile_decoded,
+        BlockType::Q4_0 => tiles::tile::<BlockQ4_0>,
+        BlockType::Q4_1 => tiles::tile::<BlockQ4_1>,
+        BlockType::Q5_0 => tiles::tile::<BlockQ5_0>,
+        BlockType::Q5_1 => tiles::tile::<BlockQ5_1>,
+        BlockType::Q8_0 => tiles::tile::<BlockQ8_0>,
+        BlockType::Q2_K => tiles::tile::<BlockQ2K>,
+        BlockType::Q3_K => tiles::tile::<BlockQ3K>,
+        BlockType::Q4_K => tiles::tile::<BlockQ4K>,
+        BlockType::Q5_K => tiles::tile::<BlockQ5K>,
+        BlockType::Q6_K => tiles::tile::<BlockQ6K>,
+        BlockType::IQ4_NL => tiles::tile::<BlockIQ4NL>,
+        BlockType::IQ4_XS => tiles::tile::<BlockIQ4XS>,
+        BlockType::MXFP4 => tiles::tile::<BlockMXFP4>,
+    })
 }
 
 /// Dots rows of integer blocks with 8-bit activations.
@@ -96,6 +118,11 @@ fn dot_decoded(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
         });
         *out = lanes.sum();
     }
+}
+
+/// The tile product of rows of any type in f32.
+fn tile_decoded(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TILE_ROWS]]) {
+    tiles::decoded(rows, x, out, dot_decoded);
 }
 
 /// Decodes a row into a buffer of 256 columns at a time (fewer at its end) and hands each

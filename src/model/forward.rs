@@ -3,9 +3,9 @@
 use super::attention::{attend, rotate};
 use super::moe::choose;
 use super::{KvCache, Model, State};
-use crate::kernels::Kernels;
 use crate::kernels::experts::feed_forward;
 use crate::kernels::linear::{Into, linear};
+use crate::kernels::{Kernels, Phase};
 use crate::threads::Pool;
 
 /// Experts of a layer that the router's scratch holds; no file may have more.
@@ -29,8 +29,8 @@ pub(super) struct Row {
 }
 
 /// Runs a batch through the model: appends each slot's tokens to its cache and leaves the
-/// wanted logits in `state.logits`. Every token's result is the same bits whatever else is in
-/// the batch and however a prompt is cut.
+/// wanted logits in `state.logits`. In either phase every token's result is the same bits
+/// whatever else is in the batch and however a prompt is cut.
 ///
 /// # Panics
 /// If the batch is larger than `state.batch`, a cache is too small, or a token is outside the
@@ -39,6 +39,7 @@ pub fn forward(
     model: &Model,
     pool: &Pool,
     kernels: &Kernels,
+    phase: Phase,
     state: &mut State,
     slots: Vec<Slot<'_>>,
 ) {
@@ -101,7 +102,7 @@ pub fn forward(
             (&layer.k, &mut s.k[..]),
             (&layer.v, &mut s.v[..]),
         ];
-        linear(pool, kernels, &s.normed, Into::Set, products);
+        linear(pool, kernels, phase, &s.normed, Into::Set, products);
 
         // RoPE, and the new keys and values into the caches
         let turns = &s.turns;
@@ -123,6 +124,7 @@ pub fn forward(
         linear(
             pool,
             kernels,
+            phase,
             &s.attended,
             Into::Add,
             &mut [(&layer.o, &mut s.x[..])],
@@ -145,6 +147,7 @@ pub fn forward(
         feed_forward(
             pool,
             kernels,
+            phase,
             weights.experts.layer(l),
             &s.routes,
             &s.normed,
@@ -166,6 +169,7 @@ pub fn forward(
     linear(
         pool,
         kernels,
+        phase,
         &s.last,
         Into::Set,
         &mut [(&weights.output, &mut s.logits[..])],
