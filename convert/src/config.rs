@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value as Json;
 
-use crate::checkpoint::read_json;
+use crate::checkpoint::{MAX_TREE_BYTES, read_json};
 use crate::error::{Error, Result};
 
 /// What the graph needs to know of a model; every count is checked to be positive and to fit together.
@@ -175,7 +175,7 @@ struct MistralMoe {
 impl ModelConfig {
     /// Reads a Hugging Face `config.json`.
     pub fn from_hf(path: &Path) -> Result<ModelConfig> {
-        let c: HfConfig = read_json(path)?;
+        let c: HfConfig = read_json(path, MAX_TREE_BYTES)?;
         let refuse = |what: String| Err(Error::input(path, what));
         if !["mixtral", "mistral", "llama"].contains(&c.model_type.as_str()) {
             return refuse(format!(
@@ -252,7 +252,7 @@ impl ModelConfig {
 
     /// Reads a Mistral `params.json`.
     pub fn from_mistral(path: &Path) -> Result<ModelConfig> {
-        let p: MistralParams = read_json(path)?;
+        let p: MistralParams = read_json(path, MAX_TREE_BYTES)?;
         if p.vision_encoder.is_some() {
             return Err(Error::input(
                 path,

@@ -9,6 +9,7 @@
 //! - [`dry_run`]: what a conversion would give; [`synth`]: files of random weights, for benchmarks
 //! - [`cli`]: the command line
 
+mod bounded;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;

@@ -15,6 +15,7 @@ use std::path::Path;
 use fewbit::tokenizer::TokenKind;
 
 use crate::error::{Error, Result};
+use crate::vocab::{MAX_BYTES, MAX_TOKENS};
 
 /// A piece of the vocabulary.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,9 +45,6 @@ pub struct SpmModel {
     pub add_dummy_prefix: bool,
 }
 
-/// Larger than any tokenizer.model that exists (Gemma's, of 256,000 pieces, has 4 MB).
-const MAX_BYTES: u64 = 64 << 20;
-
 /// Reads and checks `path`: BPE, without a normalization that GGUF cannot express.
 pub fn read(path: &Path) -> Result<SpmModel> {
     let bytes = crate::vocab::read_bounded(path, MAX_BYTES)?;
@@ -69,6 +67,12 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<SpmModel> {
     let mut fields = Message::new(path, bytes, 0);
     while let Some((number, field)) = fields.next()? {
         match number {
+            1 if model.pieces.len() == MAX_TOKENS => {
+                return Err(Error::input(
+                    path,
+                    format!("has more than {MAX_TOKENS} pieces; vocabularies are smaller"),
+                ));
+            }
             1 => model.pieces.push(piece(field.message(path)?)?),
             2 => {
                 let mut trainer = field.message(path)?;

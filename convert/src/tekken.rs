@@ -10,16 +10,17 @@ use base64::prelude::{BASE64_STANDARD as BASE64, Engine};
 use fewbit::tokenizer::{TokenKind, piece_of_bytes, pre_tokenizer_name};
 use serde::Deserialize;
 
+use crate::bounded::List;
 use crate::checkpoint::read_json;
 use crate::error::{Error, Result};
-use crate::vocab::{MAX_TOKENS, Model, Token, Vocabulary};
+use crate::vocab::{MAX_BYTES, MAX_TOKENS, Model, Token, Vocabulary};
 
 #[derive(Deserialize)]
 struct Tekken {
     config: Config,
-    vocab: Vec<Entry>,
+    vocab: List<Entry, MAX_TOKENS>,
     #[serde(default)]
-    special_tokens: Vec<Special>,
+    special_tokens: List<Special, MAX_TOKENS>,
 }
 
 #[derive(Deserialize)]
@@ -39,6 +40,9 @@ struct Special {
     rank: usize,
     token_str: String,
 }
+
+/// Longest token: the time to find its last merge grows with the square of its length.
+const MAX_TOKEN_BYTES: usize = 1024;
 
 /// The control tokens of files that do not list them (version 3).
 const SPECIAL: [&str; 15] = [
@@ -61,7 +65,7 @@ const SPECIAL: [&str; 15] = [
 
 /// Reads and checks `path`.
 pub fn read(path: &Path) -> Result<Vocabulary> {
-    let json: Tekken = read_json(path)?;
+    let json: Tekken = read_json(path, MAX_BYTES)?;
     let Config {
         pattern,
         default_vocab_size: size,
@@ -75,11 +79,11 @@ pub fn read(path: &Path) -> Result<Vocabulary> {
     })?;
     let ranks = size
         .checked_sub(specials)
-        .filter(|&ranks| size <= MAX_TOKENS && ranks <= json.vocab.len());
+        .filter(|&ranks| size <= MAX_TOKENS && ranks <= json.vocab.0.len());
     let ranks = ranks.ok_or_else(|| {
         wrong(format!(
             "config asks for {size} tokens, {specials} of them special, but vocab has {}: download it again",
-            json.vocab.len()
+            json.vocab.0.len()
         ))
     })?;
 
@@ -96,7 +100,7 @@ pub fn read(path: &Path) -> Result<Vocabulary> {
             },
         })
         .collect();
-    for Special { rank, token_str } in json.special_tokens {
+    for Special { rank, token_str } in json.special_tokens.0 {
         let token = tokens
             .get_mut(rank)
             .ok_or_else(|| wrong(format!("special token {token_str:?} has rank {rank}")))?;
@@ -104,16 +108,16 @@ pub fn read(path: &Path) -> Result<Vocabulary> {
     }
 
     let mut bytes = Vec::with_capacity(ranks);
-    for (rank, entry) in json.vocab[..ranks].iter().enumerate() {
+    for (rank, entry) in json.vocab.0[..ranks].iter().enumerate() {
         let decoded = BASE64
             .decode(&entry.token_bytes)
             .ok()
-            .filter(|bytes| !bytes.is_empty());
-        bytes.push(
-            decoded.ok_or_else(|| {
-                wrong(format!("vocab: token_bytes of number {rank} is no base64"))
-            })?,
-        );
+            .filter(|bytes| (1..=MAX_TOKEN_BYTES).contains(&bytes.len()));
+        bytes.push(decoded.ok_or_else(|| {
+            wrong(format!(
+                "vocab: token_bytes of number {rank} is no base64 of 1 to {MAX_TOKEN_BYTES} bytes"
+            ))
+        })?);
     }
     let by_bytes: HashMap<&[u8], usize> = bytes
         .iter()

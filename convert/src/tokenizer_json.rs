@@ -4,27 +4,40 @@
 //! stand for scores. Which pre-tokenizer a byte-level one needs is told by its structure.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::path::Path;
 
 use fewbit::tokenizer::{TokenKind, pre_tokenizer_name, pre_tokenizer_patterns};
 use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor};
 use serde_json::Value as Json;
+use serde_json::value::RawValue;
 
-use crate::checkpoint::read_json;
+use crate::bounded::{List, Map};
+use crate::checkpoint::{MAX_TREE_BYTES, read_json};
 use crate::error::{Error, Result};
-use crate::vocab::{MAX_TOKENS, Model, Token, Vocabulary, added_kind, pad_token};
+use crate::vocab::{MAX_BYTES, MAX_TOKENS, Model, Token, Vocabulary, added_kind, pad_token};
 
 #[derive(Deserialize)]
 struct TokenizerJson {
-    model: Json,
+    model: Box<RawValue>,
     #[serde(default)]
-    added_tokens: Vec<AddedToken>,
-    #[serde(default)]
+    added_tokens: List<AddedToken, MAX_TOKENS>,
+    normalizer: Option<Box<RawValue>>,
+    pre_tokenizer: Option<Box<RawValue>>,
+    post_processor: Option<Box<RawValue>>,
+}
+
+/// The steps around a model; small, so that they are kept as trees.
+struct Steps {
     normalizer: Json,
-    #[serde(default)]
     pre_tokenizer: Json,
-    #[serde(default)]
     post_processor: Json,
+}
+
+#[derive(Deserialize)]
+struct ModelType {
+    r#type: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -37,56 +50,80 @@ struct AddedToken {
 
 #[derive(Deserialize)]
 struct Bpe {
-    vocab: HashMap<String, u32>,
-    merges: Vec<Merge>,
+    vocab: Map<u32, MAX_TOKENS>,
+    merges: List<Merge, MAX_MERGES>,
     unk_token: Option<String>,
     #[serde(default)]
     byte_fallback: bool,
 }
 
-/// `"a b"` until version 0.20 of `tokenizers`, `["a", "b"]` since.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Merge {
-    Text(String),
-    Pair([String; 2]),
-}
+/// Most merges: SentencePiece's vocabularies have about two a token.
+const MAX_MERGES: usize = 2 * MAX_TOKENS;
+
+/// "left right": so written until version 0.20 of `tokenizers`, as `["left", "right"]` since. Nothing where it is no pair.
+struct Merge(Option<String>);
 
 impl Merge {
-    /// "left right", if it is that.
-    fn text(&self) -> Option<String> {
-        let (left, right) = match self {
-            Merge::Text(text) => text.split_once(' ')?,
-            Merge::Pair([left, right]) => (left.as_str(), right.as_str()),
-        };
+    fn of(left: &str, right: &str) -> Self {
         let piece = |piece: &str| !piece.is_empty() && !piece.contains(' ');
-        (piece(left) && piece(right)).then(|| format!("{left} {right}"))
+        Merge((piece(left) && piece(right)).then(|| format!("{left} {right}")))
+    }
+}
+
+impl<'de> Deserialize<'de> for Merge {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct AnyForm;
+        impl<'de> Visitor<'de> for AnyForm {
+            type Value = Merge;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a pair of pieces")
+            }
+
+            fn visit_str<E>(self, text: &str) -> std::result::Result<Merge, E> {
+                let pair = text.split_once(' ');
+                Ok(pair.map_or(Merge(None), |(left, right)| Merge::of(left, right)))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(
+                self,
+                mut seq: A,
+            ) -> std::result::Result<Merge, A::Error> {
+                let (left, right) = (seq.next_element::<String>()?, seq.next_element::<String>()?);
+                let mut merge = match (left, right) {
+                    (Some(left), Some(right)) => Merge::of(&left, &right),
+                    _ => Merge(None),
+                };
+                while seq.next_element::<IgnoredAny>()?.is_some() {
+                    merge = Merge(None);
+                }
+                Ok(merge)
+            }
+        }
+        deserializer.deserialize_any(AnyForm)
     }
 }
 
 /// Reads and checks `path`.
 pub fn read(path: &Path) -> Result<Vocabulary> {
-    let json: TokenizerJson = read_json(path)?;
-    if json.model["type"]
-        .as_str()
-        .is_some_and(|kind| kind != "BPE")
-    {
-        return Err(Error::input(
-            path,
-            format!(
-                "model.type is {}; the Mixtral family is BPE",
-                json.model["type"]
-            ),
-        ));
+    let json: TokenizerJson = read_json(path, MAX_BYTES)?;
+    let wrong = |e: serde_json::Error| Error::input(path, format!("model: {e}"));
+    let ModelType { r#type: kind } = serde_json::from_str(json.model.get()).map_err(wrong)?;
+    if let Some(kind) = kind.filter(|kind| kind != "BPE") {
+        let what = format!("model.type is {kind:?}; the Mixtral family is BPE");
+        return Err(Error::input(path, what));
     }
-    let bpe =
-        Bpe::deserialize(&json.model).map_err(|e| Error::input(path, format!("model: {e}")))?;
-    let merges: Vec<String> = bpe
-        .merges
-        .iter()
+    let mut bpe: Bpe = serde_json::from_str(json.model.get()).map_err(wrong)?;
+    let around = Steps {
+        normalizer: tree(path, "normalizer", json.normalizer.as_deref())?,
+        pre_tokenizer: tree(path, "pre_tokenizer", json.pre_tokenizer.as_deref())?,
+        post_processor: tree(path, "post_processor", json.post_processor.as_deref())?,
+    };
+    let merges: Vec<String> = std::mem::take(&mut bpe.merges.0)
+        .into_iter()
         .enumerate()
         .map(|(rank, merge)| {
-            merge.text().ok_or_else(|| {
+            merge.0.ok_or_else(|| {
                 Error::input(
                     path,
                     format!("model.merges: number {rank} is no pair of pieces"),
@@ -95,15 +132,15 @@ pub fn read(path: &Path) -> Result<Vocabulary> {
         })
         .collect::<Result<_>>()?;
 
-    let mut tokens = tokens(path, &bpe, &json.added_tokens)?;
+    let mut tokens = tokens(path, &bpe, &json.added_tokens.0)?;
     let model = if bpe.byte_fallback {
         score_by_merges(&mut tokens, &merges);
         Model::SentencePiece {
-            add_space_prefix: adds_space(&json),
+            add_space_prefix: adds_space(&around),
         }
     } else {
         Model::ByteLevel {
-            pre: pre_tokenizer(path, &json.pre_tokenizer)?,
+            pre: pre_tokenizer(path, &around.pre_tokenizer)?,
             merges,
         }
     };
@@ -113,7 +150,7 @@ pub fn read(path: &Path) -> Result<Vocabulary> {
             .position(|token| token.text == text)
             .map(|id| id as u32)
     };
-    let bos = leading_token(&json.post_processor).and_then(|text| id(&text));
+    let bos = leading_token(&around.post_processor).and_then(|text| id(&text));
     Ok(Vocabulary {
         unk: bpe.unk_token.as_deref().and_then(id),
         bos,
@@ -130,6 +167,7 @@ pub fn read(path: &Path) -> Result<Vocabulary> {
 fn tokens(path: &Path, bpe: &Bpe, added: &[AddedToken]) -> Result<Vec<Token>> {
     let ids = bpe
         .vocab
+        .0
         .values()
         .copied()
         .chain(added.iter().map(|token| token.id));
@@ -141,7 +179,7 @@ fn tokens(path: &Path, bpe: &Bpe, added: &[AddedToken]) -> Result<Vec<Token>> {
         ));
     }
     let mut tokens: Vec<Token> = (0..len).map(pad_token).collect();
-    for (text, &id) in &bpe.vocab {
+    for (text, &id) in &bpe.vocab.0 {
         let kind = if bpe.unk_token.as_deref() == Some(text) {
             TokenKind::Unknown
         } else if bpe.byte_fallback && is_byte(text) {
@@ -205,7 +243,7 @@ fn score_by_merges(tokens: &mut [Token], merges: &[String]) {
 }
 
 /// Whether a text gets a space in front: by a normalizer that prepends `▁`, or by the pre-tokenizer of the newer files.
-fn adds_space(json: &TokenizerJson) -> bool {
+fn adds_space(json: &Steps) -> bool {
     steps(&json.normalizer, "normalizers")
         .iter()
         .any(|step| step["type"] == "Prepend")
@@ -216,6 +254,16 @@ fn adds_space(json: &TokenizerJson) -> bool {
                     && step["prepend_scheme"] != "never"
                     && step["add_prefix_space"] != false
             })
+}
+
+/// A part of the file as a tree.
+fn tree(path: &Path, name: &str, part: Option<&RawValue>) -> Result<Json> {
+    let text = part.map_or("null", RawValue::get);
+    if text.len() as u64 > MAX_TREE_BYTES {
+        let what = format!("{name}: {} bytes are too many", text.len());
+        return Err(Error::input(path, what));
+    }
+    serde_json::from_str(text).map_err(|e| Error::input(path, format!("{name}: {e}")))
 }
 
 /// The steps of a sequence, or the single one.

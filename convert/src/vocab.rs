@@ -13,7 +13,7 @@ use fewbit::gguf::{Array, Value};
 use fewbit::tokenizer::TokenKind;
 use serde_json::Value as Json;
 
-use crate::checkpoint::read_json;
+use crate::checkpoint::{MAX_TREE_BYTES, read_json};
 use crate::error::{Error, Result};
 use crate::{sentencepiece, tekken, tokenizer_json};
 
@@ -66,8 +66,15 @@ pub struct Vocabulary {
     pub add_eos: bool,
 }
 
-/// The most tokens that a vocabulary may have: eight times as many as the largest that exist.
-pub const MAX_TOKENS: usize = 1 << 21;
+/// The most tokens that a vocabulary may have: four times as many as the largest that exist.
+pub const MAX_TOKENS: usize = 1 << 20;
+
+/// Largest `tokenizer.model`, `tokenizer.json` and `tekken.json` that are read. Gemma's `tokenizer.json`, of 256,000
+/// pieces, has 33 MB.
+pub(crate) const MAX_BYTES: u64 = 64 << 20;
+
+/// Longest piece that merges are sought for; SentencePiece's trainer makes none above 16 characters unless told to.
+const MAX_MERGED_BYTES: usize = 256;
 
 /// Scores of tokens that no merge makes, as llama.cpp's converter writes them.
 const ADDED_SCORE: f32 = -1000.0;
@@ -99,7 +106,7 @@ pub fn from_checkpoint(dir: &Path) -> Result<Vec<(String, Value)>> {
     };
 
     if let Some(path) = here("added_tokens.json") {
-        let added: HashMap<String, u32> = read_json(&path)?;
+        let added: HashMap<String, u32> = read_json(&path, MAX_TREE_BYTES)?;
         let mut added: Vec<_> = added.into_iter().collect();
         added.sort_by_key(|&(_, id)| id);
         for (text, id) in added {
@@ -114,7 +121,7 @@ pub fn from_checkpoint(dir: &Path) -> Result<Vec<(String, Value)>> {
         vocabulary.pad_to(dir, size)?;
     }
 
-    let mut metadata = vocabulary.into_metadata();
+    let mut metadata = vocabulary.into_metadata(dir)?;
     if let Some(template) = chat_template(here("chat_template.jinja"), &settings)? {
         metadata.push((fewbit::chat::TEMPLATE_KEY.into(), Value::String(template)));
     }
@@ -221,7 +228,7 @@ impl Vocabulary {
         Ok(())
     }
 
-    fn into_metadata(self) -> Vec<(String, Value)> {
+    fn into_metadata(self, dir: &Path) -> Result<Vec<(String, Value)>> {
         let mut metadata = Vec::new();
         let mut put =
             |key: &str, value: Value| metadata.push((format!("tokenizer.ggml.{key}"), value));
@@ -230,7 +237,7 @@ impl Vocabulary {
             Model::SentencePiece { .. } => {
                 put("model", Value::String("llama".into()));
                 put("pre", Value::String("default".into()));
-                merges_by_score(&self.tokens)
+                merges_by_score(dir, &self.tokens)?
             }
             Model::ByteLevel { pre, merges } => {
                 put("model", Value::String("gpt2".into()));
@@ -273,13 +280,16 @@ impl Vocabulary {
         if let Model::SentencePiece { add_space_prefix } = self.model {
             put("add_space_prefix", Value::Bool(add_space_prefix));
         }
-        metadata
+        Ok(metadata)
     }
 }
 
 /// SentencePiece's scores as the list of merges that other readers of GGUF want: every split of a piece into two
 /// pieces, best piece first; of one piece's splits, the one of the lower ids.
-fn merges_by_score(tokens: &[Token]) -> Vec<String> {
+fn merges_by_score(dir: &Path, tokens: &[Token]) -> Result<Vec<String>> {
+    /// Those of the largest vocabularies have a third.
+    const MAX_MERGES_BYTES: usize = 64 << 20;
+    let mut bytes = 0;
     let ids: HashMap<&str, usize> = (0..tokens.len())
         .filter(|&id| tokens[id].kind == TokenKind::Normal)
         .map(|id| (tokens[id].text.as_str(), id))
@@ -289,19 +299,28 @@ fn merges_by_score(tokens: &[Token]) -> Vec<String> {
     let mut merges = Vec::new();
     for id in order {
         let piece = &tokens[id].text;
+        if piece.len() > MAX_MERGED_BYTES {
+            continue; // its splits would be many and long, and no text needs them
+        }
         let mut splits: Vec<(usize, usize)> = piece
             .char_indices()
             .skip(1)
             .filter_map(|(at, _)| Some((*ids.get(&piece[..at])?, *ids.get(&piece[at..])?)))
             .collect();
         splits.sort_unstable();
+        bytes += splits.len() * (size_of::<String>() + piece.len() + 1);
+        if bytes > MAX_MERGES_BYTES {
+            let what =
+                "the vocabulary's pieces have too many merges among them: no model has so many";
+            return Err(Error::input(dir, what));
+        }
         merges.extend(
             splits
                 .into_iter()
                 .map(|(left, right)| format!("{} {}", tokens[left].text, tokens[right].text)),
         );
     }
-    merges
+    Ok(merges)
 }
 
 impl From<sentencepiece::SpmModel> for Vocabulary {
@@ -371,7 +390,7 @@ fn chat_template(file: Option<PathBuf>, settings: &Json) -> Result<Option<String
 }
 
 fn optional_json(path: Option<PathBuf>) -> Result<Json> {
-    path.map_or(Ok(Json::Null), |path| read_json(&path))
+    path.map_or(Ok(Json::Null), |path| read_json(&path, MAX_TREE_BYTES))
 }
 
 /// A file's bytes, unless there are more than `max`.

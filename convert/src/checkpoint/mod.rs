@@ -235,12 +235,14 @@ fn config_path(folder: &Path, name: &str) -> Result<PathBuf> {
     ))
 }
 
-/// Reads and parses a small JSON file.
-pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    /// Index files of the largest checkpoints take a few megabytes.
-    const MAX_BYTES: u64 = 256 << 20;
+/// Largest file that is parsed into a tree, which takes many times its bytes; the longest settings of tokenizers have a
+/// tenth.
+pub(crate) const MAX_TREE_BYTES: u64 = 4 << 20;
+
+/// Reads and parses a JSON file of at most `max` bytes.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path, max: u64) -> Result<T> {
     let bytes = fs::metadata(path).map_err(Error::io("open", path))?.len();
-    if bytes > MAX_BYTES {
+    if bytes > max {
         return Err(Error::input(
             path,
             format!("{bytes} bytes are too many for a JSON file of a checkpoint"),

@@ -5,6 +5,7 @@
 //! shard would count against the memory that a conversion may take.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -12,12 +13,23 @@ use std::path::Path;
 use fewbit::quant::BlockType;
 use safetensors::Dtype;
 use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use super::InputFile;
+use crate::bounded::{List, Map};
 use crate::error::{Error, Result};
 
-/// Longest header that is read; the format's reference implementation refuses longer ones too.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// Longest header of a shard that is read; those of Mixtral 8x22B's have 6 kB.
+const MAX_HEADER_BYTES: u64 = 16 << 20;
+
+/// What the headers of all shards may have together.
+const MAX_HEADERS_BYTES: u64 = 64 << 20;
+
+/// Most tensors of a checkpoint; Mixtral 8x22B has 1,739.
+const MAX_TENSORS: usize = 1 << 18;
+
+/// Largest index file; that of a checkpoint of 90,000 tensors has 9 MB.
+const MAX_INDEX_BYTES: u64 = 16 << 20;
 
 /// A tensor in a shard.
 #[derive(Clone, Debug)]
@@ -39,6 +51,8 @@ pub struct Shards {
     pub files: Vec<InputFile>,
     /// Tensors by their names in the checkpoint.
     pub tensors: HashMap<String, Stored>,
+    /// Bytes of the headers read so far.
+    header_bytes: u64,
 }
 
 #[derive(Deserialize)]
@@ -49,7 +63,7 @@ struct Index {
 impl Shards {
     /// Opens the shards that an index file names.
     pub fn from_index(index_path: &Path) -> Result<Shards> {
-        let index: Index = super::read_json(index_path)?;
+        let index: Index = super::read_json(index_path, MAX_INDEX_BYTES)?;
         let folder = index_path.parent().unwrap_or(Path::new("."));
         let mut by_shard: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for (tensor, shard) in &index.weight_map {
@@ -58,6 +72,7 @@ impl Shards {
         let mut shards = Shards {
             files: Vec::new(),
             tensors: HashMap::new(),
+            header_bytes: 0,
         };
         for (shard, tensors) in &by_shard {
             if Path::new(shard).components().count() != 1 {
@@ -90,6 +105,7 @@ impl Shards {
         let mut shards = Shards {
             files: Vec::new(),
             tensors: HashMap::new(),
+            header_bytes: 0,
         };
         for path in paths {
             shards.add(path.as_ref())?;
@@ -100,6 +116,15 @@ impl Shards {
     fn add(&mut self, path: &Path) -> Result<()> {
         let input = InputFile::open(path)?;
         let (header, data_start) = read_header(&input.file, path, input.len)?;
+        self.header_bytes += data_start;
+        let tensors = self.tensors.len() + header.offset_keys().len();
+        if self.header_bytes > MAX_HEADERS_BYTES || tensors > MAX_TENSORS {
+            let what = format!(
+                "{tensors} tensors in headers of {} bytes up to this file: no checkpoint has so many",
+                self.header_bytes
+            );
+            return Err(Error::input(path, what));
+        }
         let file = self.files.len();
         // In the order of the data, so that a truncated shard is reported with the first tensor that is cut.
         for name in header.offset_keys() {
@@ -156,9 +181,51 @@ fn read_header(file: &File, path: &Path, len: u64) -> Result<(safetensors::tenso
     let mut bytes = vec![0; header_len as usize];
     file.read_exact_at(&mut bytes, 8)
         .map_err(Error::io("read", path))?;
-    let header = serde_json::from_slice(&bytes)
-        .map_err(|e| Error::input(path, format!("safetensors header: {e}")))?;
+    let wrong = |e: serde_json::Error| Error::input(path, format!("safetensors header: {e}"));
+    serde_json::from_slice::<Bounds>(&bytes).map_err(wrong)?;
+    let header = serde_json::from_slice(&bytes).map_err(wrong)?;
     Ok((header, 8 + header_len))
+}
+
+/// A header in which nothing is longer than it may be; only then it is parsed into a table, which buffers what it reads.
+struct Bounds;
+
+/// A tensor's description with nothing else in it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code)] // read to be checked
+struct Entry {
+    dtype: Dtype,
+    shape: List<u64, 4>,
+    data_offsets: List<u64, 2>,
+}
+
+impl<'de> Deserialize<'de> for Bounds {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        deserializer.deserialize_map(Bounds)
+    }
+}
+
+impl<'de> Visitor<'de> for Bounds {
+    type Value = Bounds;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a table of tensors")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Bounds, A::Error> {
+        /// Notes that the writer of a file left in it.
+        const MAX_NOTES: usize = 1 << 16;
+        while let Some(key) = map.next_key::<String>()? {
+            if key == "__metadata__" {
+                map.next_value::<Option<Map<String, MAX_NOTES>>>()?;
+            } else {
+                map.next_value::<Entry>()
+                    .map_err(|e| A::Error::custom(format!("tensor {key}: {e}")))?;
+            }
+        }
+        Ok(Bounds)
+    }
 }
 
 /// The block type with the same bits, for the types that checkpoints hold weights in.
