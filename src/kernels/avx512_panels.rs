@@ -106,10 +106,12 @@ fn each_block<B: Unpack>(
     };
     for first_row in [0, ROWS] {
         let rows: &[&[B]; ROWS] = stretch[first_row..].first_chunk().expect("two of 16 rows");
+        assert!(rows.iter().all(|row| row.len() == rows[0].len()));
         for b in 0..rows[0].len() {
             let mut blocks = [&rows[0][0]; ROWS];
             for (block, row) in blocks.iter_mut().zip(rows) {
-                *block = &row[b];
+                // SAFETY: all rows are as long (asserted above).
+                *block = unsafe { row.get_unchecked(b) };
             }
             let scales = b * B::LEN / scale_len..(b + 1) * B::LEN / scale_len;
             let place = Place {
@@ -126,26 +128,31 @@ fn each_block<B: Unpack>(
 /// Turns 16 bytes of each row: register `c` holds bytes `4·c..4·c + 4` of every row.
 macro_rules! turn {
     ($rows:expr, |$row:ident| $bytes:expr) => {{
-        let mut bytes = [_mm_setzero_si128(); ROWS];
-        for (bytes, $row) in bytes.iter_mut().zip($rows) {
-            *bytes = load_16($bytes);
-        }
-        turn(&bytes)
+        let rows = $rows;
+        let bytes = |r: usize| {
+            let $row = &rows[r];
+            load_16($bytes)
+        };
+        turn([
+            every_fourth(bytes(0), bytes(4), bytes(8), bytes(12)),
+            every_fourth(bytes(1), bytes(5), bytes(9), bytes(13)),
+            every_fourth(bytes(2), bytes(6), bytes(10), bytes(14)),
+            every_fourth(bytes(3), bytes(7), bytes(11), bytes(15)),
+        ])
     }};
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn turn(rows: &[__m128i; ROWS]) -> [__m512i; 4] {
-    // Register k holds the rows k, 4 + k, 8 + k and 12 + k.
-    let mut every_fourth = [_mm512_setzero_si512(); 4];
-    for (k, some) in every_fourth.iter_mut().enumerate() {
-        *some = _mm512_castsi128_si512(rows[k]);
-        *some = _mm512_inserti32x4::<1>(*some, rows[4 + k]);
-        *some = _mm512_inserti32x4::<2>(*some, rows[8 + k]);
-        *some = _mm512_inserti32x4::<3>(*some, rows[12 + k]);
-    }
-    let [a, b, c, d] = every_fourth;
+fn every_fourth(a: __m128i, b: __m128i, c: __m128i, d: __m128i) -> __m512i {
+    let a = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(a), b);
+    _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(a, c), d)
+}
+
+/// Transposes within each 128 bits: register `k` holds the rows `k`, `4 + k`, `8 + k`, `12 + k`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn turn([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
     let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
     let (ab_high, cd_high) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
     [

@@ -76,17 +76,11 @@ fn tile_rows<B: Fill>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TIL
         out,
         // SAFETY: this function has the features.
         |panel, stretch| unsafe { B::fill(panel, stretch) },
-        |panel, columns, out| {
-            let blocks = x.chunks(TOKENS).zip(out.chunks_mut(TOKENS));
-            for (x, out) in blocks {
-                multiply(panel, offset(B::TYPE), &columns, x, out)
-            }
-        },
+        |panel, columns, out| multiply(panel, offset(B::TYPE), &columns, x, out),
     );
 }
 
-/// Adds the products of a panel with up to [`TOKENS`] tokens; a weight scale covers `32 / FINE`
-/// columns.
+/// Adds the products of a panel with all tokens; a weight scale covers `32 / FINE` columns.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 fn multiply<const FINE: usize, const MINIMA: bool>(
     panel: &Panel,
@@ -95,27 +89,35 @@ fn multiply<const FINE: usize, const MINIMA: bool>(
     x: &[Activation<'_>],
     out: &mut [[f32; TILE_ROWS]],
 ) {
-    let mut factors = [Factors::ZERO; TOKENS];
-    for (factors, x) in factors.iter_mut().zip(x) {
-        factors.fill::<FINE, MINIMA>(x, offset, columns);
+    let mut factors = [[Factors::ZERO; TOKENS]; 2];
+    let fill = |index: usize, factors: &mut [Factors; TOKENS]| {
+        for (factors, x) in factors.iter_mut().zip(x.iter().skip(index * TOKENS)) {
+            factors.fill::<FINE, MINIMA>(x, offset, columns);
+        }
+    };
+    fill(0, &mut factors[0]);
+    for (index, (x, out)) in x.chunks(TOKENS).zip(out.chunks_mut(TOKENS)).enumerate() {
+        // One block ahead: what was just stored is slow to be broadcast.
+        fill(index + 1, &mut factors[(index + 1) % 2]);
+        let factors = &factors[index % 2];
+        macro_rules! with {
+            ($($tokens:literal)*) => {
+                match x.len() {
+                    $($tokens => {
+                        let mut q = [&[][..]; $tokens];
+                        for (q, x) in q.iter_mut().zip(x) {
+                            *q = x.q[columns.clone()].as_chunks::<SCALE_LEN>().0;
+                        }
+                        let (factors, _) = factors.split_first_chunk().expect("as many");
+                        let out = out.try_into().expect("as many");
+                        block::<$tokens, FINE, MINIMA>(panel, factors, q, out)
+                    })*
+                    _ => unreachable!("blocks hold up to six tokens"),
+                }
+            };
+        }
+        with!(1 2 3 4 5 6);
     }
-    macro_rules! with {
-        ($($tokens:literal)*) => {
-            match x.len() {
-                $($tokens => {
-                    let mut q = [&[][..]; $tokens];
-                    for (q, x) in q.iter_mut().zip(x) {
-                        *q = x.q[columns.clone()].as_chunks::<SCALE_LEN>().0;
-                    }
-                    let (factors, _) = factors.split_first_chunk().expect("as many");
-                    let out = out.try_into().expect("as many");
-                    block::<$tokens, FINE, MINIMA>(panel, factors, q, out)
-                })*
-                _ => unreachable!("blocks hold up to six tokens"),
-            }
-        };
-    }
-    with!(1 2 3 4 5 6);
 }
 
 /// What a token's stretch is multiplied with beside its codes.

@@ -63,7 +63,7 @@ impl Routes {
 ///
 /// `hidden` is scratch for one row of `ffn` columns a route; `residual` holds `x.len()` rows of
 /// as many columns as `x`.
-#[allow(clippy::too_many_arguments)] // the operands of the layer
+#[allow(clippy::too_many_arguments)] // the layer's own: where, how, weights, routes, buffers
 pub fn feed_forward(
     pool: &Pool,
     kernels: &Kernels,

@@ -8,6 +8,10 @@
 //!
 //! Quantized rows meet activations of 8 bits with one scale for each 32 ([`Activations`]);
 //! F32, F16 and BF16 rows meet the activations in f32.
+//!
+//! There are two kinds of kernels, for the two phases of a model's work ([`Phase`]): dot products
+//! of rows as they lie, and products of tiles of rows ([`tiles`]), unpacked once for all tokens
+//! of a prompt.
 
 pub mod activations;
 #[cfg(target_arch = "x86_64")]
