@@ -12,6 +12,7 @@ use anyhow::Context;
 use super::common::{
     ModelArgs, STDOUT, SamplingArgs, at_least, context_of, file_stem, note, speed,
 };
+use super::one_line;
 use crate::chat::{Message, Style, Template};
 use crate::engine::{self, Engine, Session};
 use crate::plan::PROMPT_BATCH;
@@ -33,7 +34,9 @@ pub struct Args {
         short,
         long = "predict",
         visible_alias = "n-predict",
-        value_name = "TOKENS"
+        value_name = "TOKENS",
+        allow_negative_numbers = true,
+        value_parser = at_least(0)
     )]
     n: Option<usize>,
     /// System message at the head of the conversation
@@ -92,7 +95,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                         Some(engine::Error::ContextFull { .. })
                     );
                     let advice = if full { "; /reset starts anew" } else { "" };
-                    note(format_args!("fewbit: {error:#}{advice}"));
+                    note(format_args!("fewbit: {}{advice}", one_line(&error)));
                 }
                 result => result?,
             },

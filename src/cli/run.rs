@@ -21,7 +21,9 @@ pub struct Args {
         short,
         long = "predict",
         visible_alias = "n-predict",
-        value_name = "TOKENS"
+        value_name = "TOKENS",
+        allow_negative_numbers = true,
+        value_parser = at_least(0)
     )]
     n: Option<usize>,
     /// Context: tokens of prompt and answer together [default: 4096, or what the model was trained for if that is less]

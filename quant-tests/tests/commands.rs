@@ -1,0 +1,516 @@
+//! The commands as scripts and people see them: what stands on standard output, one-line errors,
+//! exit codes. Run on the trained fixture.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use fewbit::gguf::{Array, Value};
+use quant_tests::fixture::{self, ModelFile, Parts};
+use serde_json::Value as Json;
+
+/// The `fewbit` binary beside these tests.
+fn binary() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let profile = test.parent().and_then(Path::parent).unwrap();
+    let binary = profile.join(format!("fewbit{}", std::env::consts::EXE_SUFFIX));
+    assert!(
+        binary.is_file(),
+        "{} is not built; `cargo test` without -p builds it, as does `cargo build`",
+        binary.display()
+    );
+    binary
+}
+
+fn model() -> ModelFile {
+    fixture::tiny_mixtral("Q8_0")
+}
+
+fn command(name: &str, model: Option<&Path>, arguments: &[&str]) -> Command {
+    let mut command = Command::new(binary());
+    command.arg(name);
+    if let Some(model) = model {
+        command.arg("-m").arg(model);
+    }
+    command.args(arguments).stdin(Stdio::null());
+    command
+}
+
+/// `fewbit run` on `model`.
+fn run(model: &ModelFile, arguments: &[&str]) -> Output {
+    command("run", Some(&model.path), arguments)
+        .output()
+        .unwrap()
+}
+
+/// Runs `command` with `input` on its standard input.
+fn with_input(mut command: Command, input: &[u8]) -> Output {
+    let mut child = piped(&mut command);
+    // A command that ends early closes the pipe.
+    let _ = child.stdin.take().unwrap().write_all(input);
+    child.wait_with_output().unwrap()
+}
+
+fn piped(command: &mut Command) -> Child {
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+/// Standard output of a command that succeeded.
+#[track_caller]
+fn success(output: &Output) -> &str {
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+#[track_caller]
+fn json(output: &Output) -> Json {
+    serde_json::from_str(success(output)).unwrap()
+}
+
+#[track_caller]
+fn assert_keys(object: &Json, wanted: &[&str]) {
+    let keys: Vec<&str> = object
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect();
+    assert_eq!(keys, wanted);
+}
+
+/// The one line that a command leaves on standard error when it fails.
+#[track_caller]
+fn failure(output: &Output) -> &str {
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let line = stderr.strip_suffix('\n').unwrap();
+    assert!(!line.contains('\n'), "{line}");
+    line
+}
+
+const PERPLEXITY_KEYS: [&str; 19] = [
+    "model",
+    "text",
+    "ctx",
+    "chunks",
+    "tokens",
+    "ppl",
+    "ppl_se",
+    "ppl_base",
+    "ln_ratio",
+    "ln_ratio_se",
+    "kld_mean",
+    "kld_se",
+    "kld_median",
+    "kld_p99",
+    "kld_p999",
+    "kld_max",
+    "dp_mean",
+    "dp_rms",
+    "same_top",
+];
+
+#[test]
+fn run_prints_the_text_alone_and_the_same_as_json() {
+    let model = model();
+    let arguments = ["-n", "12", "--temp", "0", "The history of"];
+    let plain = run(&model, &arguments);
+    let json = json(&run(&model, &[&["--json"], &arguments[..]].concat()));
+    assert_keys(
+        &json,
+        &[
+            "prompt_tokens",
+            "tokens",
+            "text",
+            "stop",
+            "pp_tok_s",
+            "tg_tok_s",
+        ],
+    );
+    assert_eq!(
+        success(&plain),
+        format!("{}\n", json["text"].as_str().unwrap())
+    );
+    assert_eq!(
+        (&json["tokens"], &json["stop"]),
+        (&12.into(), &"limit".into())
+    );
+    assert!(json["tg_tok_s"].as_f64().unwrap() > 0.0);
+    assert!(text(&plain.stderr).contains("generated 12 tokens"));
+}
+
+#[test]
+fn run_names_what_ended_the_text_and_times_only_what_was_fed() {
+    let model = model();
+    let full = run(&model, &["-c", "10", "--temp", "0", "The history of"]);
+    assert!(text(&full.stderr).contains("context of 10 tokens is full"));
+    let full = json(&run(
+        &model,
+        &["-c", "10", "--temp", "0", "--json", "The history of"],
+    ));
+    assert_eq!(full["stop"], "context");
+    let none = json(&run(&model, &["-n", "0", "--json", "The history of"]));
+    assert_eq!(
+        (&none["tokens"], &none["tg_tok_s"]),
+        (&0.into(), &Json::Null)
+    );
+}
+
+#[test]
+fn greedy_text_does_not_depend_on_threads_and_seeds_reproduce() {
+    let model = model();
+    let draw = |options: &[&str]| {
+        let all = [options, &["-n", "40", "The history of"]].concat();
+        success(&run(&model, &all)).to_owned()
+    };
+    let one = draw(&["--temp", "0", "--threads", "1"]);
+    assert_eq!(one, draw(&["--temp", "0", "--threads", "2"]));
+    let seeded = draw(&["--seed", "7"]);
+    assert_eq!(seeded, draw(&["--seed", "7"]));
+    assert_ne!(seeded, draw(&["--seed", "8"]));
+}
+
+#[test]
+fn a_prompt_on_standard_input_is_the_same_prompt() {
+    let model = model();
+    let arguments = ["-n", "8", "--temp", "0"];
+    let given = run(&model, &[&arguments[..], &["The history of"]].concat());
+    for (dash, input) in [(None, "The history of"), (Some("-"), "The history of\n")] {
+        let mut command = command("run", Some(&model.path), &arguments);
+        command.args(dash);
+        let piped = with_input(command, input.as_bytes());
+        assert_eq!(success(&piped), success(&given));
+    }
+    let broken = with_input(command("run", Some(&model.path), &[]), b"ab\xff");
+    assert!(failure(&broken).contains("standard input: byte 2: not UTF-8"));
+}
+
+#[test]
+fn wrong_usage_exits_with_2() {
+    let model = model();
+    let path = Some(&*model.path);
+    let english = fixture::path("text/en.txt");
+    let english = english.to_str().unwrap();
+    let cases: [(&str, &[&str]); 13] = [
+        ("run", &[]),
+        ("run", &["--kernels", "abacus", "hi"]),
+        ("run", &["-c", "0", "hi"]),
+        ("run", &["-n", "-1", "hi"]),
+        ("run", &["--temp", "-1", "hi"]),
+        ("run", &["--temp", "nan", "hi"]),
+        ("run", &["--top-p", "1.5", "hi"]),
+        ("run", &["--repeat-penalty", "0", "hi"]),
+        ("run", &["--threads", "0", "hi"]),
+        ("chat", &["--template", "none"]),
+        ("perplexity", &["-f", english, "-c", "3"]),
+        ("perplexity", &["-f", english, "--chunks", "0"]),
+        ("bench", &["-r", "0"]),
+    ];
+    for (name, arguments) in cases {
+        let output = command(name, path, arguments).output().unwrap();
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {stderr}");
+        assert!(output.stdout.is_empty() && !stderr.is_empty());
+    }
+    let output = run(&model, &["--temp", "-1", "hi"]);
+    assert!(text(&output.stderr).contains("must be a number, 0 or more"));
+}
+
+#[test]
+fn failures_are_one_line_that_names_the_file() {
+    let model = model();
+    let folder = model.path.parent().unwrap();
+    let absent = folder.join("absent.gguf");
+    let english = fixture::path("text/en.txt");
+    let english = english.to_str().unwrap();
+    for (name, arguments) in [
+        ("run", &["hi"][..]),
+        ("chat", &[]),
+        ("perplexity", &["-f", english]),
+        ("bench", &[]),
+    ] {
+        let output = command(name, Some(&absent), arguments).output().unwrap();
+        assert!(failure(&output).contains("absent.gguf"));
+    }
+    let mut command = command("perplexity", Some(&model.path), &["-f", "absent.txt"]);
+    assert!(failure(&command.output().unwrap()).contains("absent.txt"));
+}
+
+#[test]
+fn a_context_that_no_memory_holds_is_refused_in_one_line() {
+    let model = model();
+    let output = run(&model, &["-c", "1000000000000", "hi"]);
+    assert_eq!(output.status.code(), Some(1));
+    let stderr = text(&output.stderr);
+    let (warning, error) = stderr.trim_end().split_once('\n').unwrap();
+    assert!(warning.contains("trained for"), "{warning}");
+    assert!(error.contains("--ctx") && !error.contains('\n'), "{error}");
+    assert_eq!(error.matches("os error").count(), 1, "{error}");
+}
+
+#[test]
+fn a_reader_that_hangs_up_is_no_failure() {
+    let model = model();
+    for (name, arguments) in [
+        ("run", &["--temp", "0", "The history of"][..]),
+        ("chat", &[]),
+    ] {
+        let mut child = piped(&mut command(name, Some(&model.path), arguments));
+        drop(child.stdout.take());
+        let _ = child.stdin.take().unwrap().write_all(b"/help\nHello\n");
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{name}: {}", text(&output.stderr));
+        assert!(!text(&output.stderr).contains("panic"));
+    }
+}
+
+#[test]
+fn a_piped_chat_answers_forgets_and_leaves() {
+    let model = model();
+    let chat = |input: &str| {
+        let command = command("chat", Some(&model.path), &["-n", "8", "--temp", "0"]);
+        with_input(command, input.as_bytes())
+    };
+    let once = chat("Hello\n");
+    let answer = success(&once).to_owned();
+    assert!(!answer.starts_with(' ') && !answer.trim().is_empty());
+    let again = chat("Hello\n/reset\nHello\n/quit\nHello\n");
+    assert_eq!(
+        success(&again),
+        format!("{answer}The conversation starts anew.\n{answer}")
+    );
+}
+
+#[test]
+fn a_turn_that_does_not_fit_fails_a_piped_chat() {
+    let model = model();
+    let long = format!("{}\nHello\n", "word ".repeat(200));
+    let command = command("chat", Some(&model.path), &["-c", "64", "-n", "8"]);
+    let output = with_input(command, long.as_bytes());
+    let line = failure(&output);
+    assert!(
+        line.contains("context of 64") && !line.contains("/reset"),
+        "{line}"
+    );
+    assert!(output.stdout.is_empty());
+}
+
+#[cfg(unix)]
+fn interrupt(child: &Child) {
+    let kill = format!("kill -INT {}", child.id());
+    assert!(
+        Command::new("sh")
+            .args(["-c", &kill])
+            .status()
+            .unwrap()
+            .success()
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_a_piped_chat_that_waits_and_stops_one_that_answers() {
+    let model = model();
+    let slow = [
+        "--activations",
+        "f32",
+        "--kernels",
+        "scalar",
+        "--threads",
+        "1",
+    ];
+    let mut chat = command("chat", Some(&model.path), &["--temp", "0"]);
+    let mut child = piped(chat.args(slow));
+    let mut input = child.stdin.take().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    // The first letter shows that an answer is under way.
+    input.write_all(b"The end.\n").unwrap();
+    output.read_exact(&mut [0]).unwrap();
+    interrupt(&child);
+    input.write_all(b"/reset\n").unwrap();
+    let mut line = String::new();
+    while !line.contains("starts anew") {
+        line.clear();
+        assert!(
+            output.read_line(&mut line).unwrap() > 0,
+            "the chat has ended"
+        );
+    }
+    interrupt(&child);
+    let code = child.wait().unwrap().code();
+    let mut errors = String::new();
+    child
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut errors)
+        .unwrap();
+    assert_eq!((code, &errors[..]), (Some(130), ""));
+}
+
+#[test]
+fn perplexity_prints_what_scripts_rely_on() {
+    let model = model();
+    let reference = fixture::tiny_mixtral("F32");
+    let base = reference.path.to_str().unwrap();
+    let french = fixture::path("text/fr.txt");
+    let options = ["-f", french.to_str().unwrap(), "-c", "64", "--chunks", "2"];
+    let output = |more: &[&str]| {
+        command("perplexity", Some(&model.path), &[&options, more].concat())
+            .output()
+            .unwrap()
+    };
+    assert_keys(&json(&output(&["--json"])), &PERPLEXITY_KEYS[..7]);
+    let compared = json(&output(&["--json", "--base", base]));
+    assert_keys(&compared, &PERPLEXITY_KEYS);
+    assert_eq!(
+        (&compared["chunks"], &compared["tokens"]),
+        (&2.into(), &62.into())
+    );
+    let shown = output(&["--base", base]);
+    let shown = success(&shown);
+    for figure in ["PPL / base", "PPL − base", "correlation", "RMS", "same top"] {
+        assert!(shown.contains(figure), "{figure} is not in\n{shown}");
+    }
+    assert!(!shown.contains("NaN"));
+}
+
+#[test]
+fn errors_of_a_single_token_are_undefined() {
+    let model = model();
+    let english = fixture::path("text/en.txt");
+    let options = ["-f", english.to_str().unwrap(), "-c", "4", "--chunks", "1"];
+    let output = command("perplexity", Some(&model.path), &options)
+        .output()
+        .unwrap();
+    assert!(success(&output).contains("± -\n"));
+    let options = [&options[..], &["--json"]].concat();
+    let output = command("perplexity", Some(&model.path), &options)
+        .output()
+        .unwrap();
+    assert_eq!(json(&output)["ppl_se"], Json::Null);
+}
+
+#[test]
+fn a_ladder_sets_texts_side_by_side_and_writes_its_report_whole() {
+    let models = [model(), fixture::tiny_mixtral("Q4_0")];
+    let folder = models[0].path.parent().unwrap().to_owned();
+    let (french, german) = (fixture::path("text/fr.txt"), fixture::path("text/de.txt"));
+    let ladder = |out: &Path, more: &[&str]| {
+        let mut command = command("ladder", None, &["-c", "64", "--chunks", "1"]);
+        command.arg("-f").arg(&french).arg("-f").arg(&german);
+        command
+            .arg("--base")
+            .arg(&models[0].path)
+            .arg("--out")
+            .arg(out);
+        command.args(models.each_ref().map(|model| &model.path));
+        command.args(more).output().unwrap()
+    };
+    let report = folder.join("report.md");
+    let table = ladder(&report, &[]);
+    let table = success(&table);
+    for column in ["PPL fr", "PPL de", "KLD fr", "KLD de", "tok/s"] {
+        assert!(table.contains(column), "{column} is not in\n{table}");
+    }
+    assert!(std::fs::read_to_string(&report).unwrap().ends_with(table));
+
+    let json = json(&ladder(&report, &["--json"]));
+    assert_keys(&json, &["base", "text", "rows"]);
+    let rows = json["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 4);
+    let more = ["file_bytes", "bits_per_weight", "tg_tok_s"];
+    assert_keys(&rows[0], &[&PERPLEXITY_KEYS[..], &more].concat());
+
+    let nowhere = folder.join("absent/report.md");
+    assert!(failure(&ladder(&nowhere, &[])).contains("cannot write the report"));
+    let left = std::fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
+    assert!(
+        left.into_iter()
+            .all(|name| !name.to_string_lossy().contains("partial"))
+    );
+}
+
+#[test]
+fn a_base_of_another_vocabulary_is_refused_by_the_first_token_that_differs() {
+    let model = model();
+    let mut parts = Parts::read(&model.path);
+    let key = "tokenizer.ggml.tokens";
+    let Some(Value::Array(Array::String(mut tokens))) = parts.metadata.get(key).cloned() else {
+        panic!("the fixture has tokens");
+    };
+    tokens[700] = "another".into();
+    parts
+        .metadata
+        .insert(key, Value::Array(Array::String(tokens)));
+    let other = parts.write();
+    let english = fixture::path("text/en.txt");
+    let mut command = command("perplexity", Some(&model.path), &["--chunks", "1"]);
+    command
+        .arg("-f")
+        .arg(&english)
+        .arg("--base")
+        .arg(&other.path);
+    let output = command.output().unwrap();
+    let line = failure(&output);
+    assert!(
+        line.contains("token 700") && line.contains("another"),
+        "{line}"
+    );
+}
+
+#[test]
+fn bench_prints_what_scripts_rely_on() {
+    let model = model();
+    let options = ["-p", "8", "-n", "2", "-r", "1", "--json"];
+    let json = json(
+        &command("bench", Some(&model.path), &options)
+            .output()
+            .unwrap(),
+    );
+    assert_keys(
+        &json,
+        &[
+            "model",
+            "type",
+            "threads",
+            "kernels",
+            "limits",
+            "results",
+            "peak_rss_bytes",
+        ],
+    );
+    assert_keys(&json["limits"], &["read_gb_s", "int8_gop_s"]);
+    let results = json["results"].as_array().unwrap();
+    let tests: Vec<_> = results.iter().map(|result| &result["test"]).collect();
+    assert_eq!(tests, ["pp8", "tg2"]);
+    let keys = [
+        "test",
+        "tok_s",
+        "tok_s_min",
+        "tok_s_max",
+        "gb_s",
+        "gop_s",
+        "share_of_limit",
+    ];
+    assert_keys(&results[0], &keys);
+}
+
+#[test]
+fn inspect_checks_on_the_threads_asked_for() {
+    let model = model();
+    let mut inspect = command("inspect", None, &["--check", "--threads", "1"]);
+    let output = inspect.arg(&model.path).output().unwrap();
+    assert!(success(&output).contains("every weight is finite"));
+}
