@@ -202,6 +202,12 @@ fn print(text: impl fmt::Display) {
 
 fn summary(report: &Report) -> String {
     let mut lines = report.plan.fallback_lines();
+    if report.plan.unweighed > 0 {
+        lines.push(format!(
+            "{} matrices without importance weights in the imatrix",
+            report.plan.unweighed
+        ));
+    }
     if report.tensors_kept > 0 {
         lines.push(format!(
             "went on after {} tensors that an earlier run had written",
@@ -234,6 +240,7 @@ fn as_json(report: &Report) -> String {
         "seconds": seconds,
         "read_bytes": report.bytes_read,
         "gb_s": report.bytes_read as f64 / 1e9 / seconds,
+        "without_importance": report.plan.unweighed,
         "tensors_kept": report.tensors_kept,
         "fallbacks": fallbacks,
     })

@@ -196,10 +196,12 @@ fn from_config(folder: &Path) -> Result<(Checkpoint, bool)> {
     let config = checkpoint::config_of(folder)?;
     let mut metadata = metadata::from_config(&metadata::model_name(folder), &config);
     // The tokenizer may be missing: its size is then all that is not known.
-    for (key, value) in vocab::from_checkpoint(folder).into_iter().flatten() {
-        metadata.insert(key, value);
+    let without_tokenizer = !vocab::is_present(folder);
+    if !without_tokenizer {
+        for (key, value) in vocab::from_checkpoint(folder)? {
+            metadata.insert(key, value);
+        }
     }
-    let without_tokenizer = !metadata.contains("tokenizer.ggml.tokens");
     let tensor = |e: checkpoint::names::Expected| Tensor {
         name: e.name,
         shape: e.shape,

@@ -50,7 +50,7 @@ pub enum Error {
         tensor: String,
     },
     /// A tensor that the configuration calls for is not there.
-    #[error("{}: tensor {tensor} is missing", path.display())]
+    #[error("{}: tensor {tensor} is missing: the download is incomplete, or its configuration is that of another model", path.display())]
     MissingTensor {
         /// The checkpoint.
         path: PathBuf,
@@ -58,7 +58,7 @@ pub enum Error {
         tensor: String,
     },
     /// A tensor has another shape than the configuration says.
-    #[error("{}: tensor {tensor} has shape {found:?}, the configuration calls for {expected:?}", path.display())]
+    #[error("{}: tensor {tensor} has shape {found:?}, the configuration calls for {expected:?}: take both from the same model", path.display())]
     Shape {
         /// The file it lies in.
         path: PathBuf,
@@ -70,7 +70,7 @@ pub enum Error {
         found: Vec<usize>,
     },
     /// A weight is NaN or infinite.
-    #[error("{}: tensor {tensor} holds {value} at row {row}, column {column}: the checkpoint is damaged", path.display())]
+    #[error("{}: tensor {tensor} holds {value} at row {row}, column {column}: the checkpoint is damaged: download it again", path.display())]
     NotFinite {
         /// The input.
         path: PathBuf,

@@ -88,6 +88,14 @@ impl Imatrix {
         }
     }
 
+    /// The error of an imatrix without importance weights for any of a model's matrices.
+    pub fn fits_nothing(&self) -> Error {
+        fault(
+            &self.path,
+            "has entries for none of the model's matrices: made from another model?",
+        )
+    }
+
     /// Notes in the output's metadata what guided its encoding, under llama-quantize's keys.
     pub fn describe(&self, meta: &mut Metadata) {
         let text = |s: &str| Value::String(truncated(s).to_owned());

@@ -22,6 +22,8 @@ pub struct Plan {
     pub shape: Shape,
     /// Parameters and bytes of the output's tensors.
     pub sizes: Sizes,
+    /// Quantized matrices that the imatrix, where there is one, says nothing of.
+    pub unweighed: usize,
     /// Tensors whose rows did not hold the blocks of the recipe.
     pub fallbacks: Vec<Fallback>,
 }
@@ -78,10 +80,17 @@ impl Plan {
         let choices = recipe::assign(mix, &model, overrides, &tensors)?;
 
         let mut fallbacks = Vec::new();
+        let (mut weighed, mut unweighed) = (0, 0);
         let mut decls = Vec::with_capacity(choices.len());
         for (tensor, choice) in checkpoint.tensors.iter().zip(&choices) {
-            if let Some(imatrix) = imatrix {
-                imatrix.of(tensor)?;
+            if let Some(imatrix) = imatrix
+                && tensor.shape.len() > 1
+            {
+                match imatrix.of(tensor)? {
+                    Some(_) => weighed += 1,
+                    None if choice.kind.block_len() > 1 => unweighed += 1,
+                    None => {}
+                }
             }
             if let Source::Stored { kind, .. } = tensor.source
                 && kind.block_len() > 1
@@ -110,6 +119,11 @@ impl Plan {
             });
         }
 
+        if let Some(imatrix) = imatrix
+            && weighed == 0
+        {
+            return Err(imatrix.fits_nothing());
+        }
         metadata::set_encoding(&mut meta, recipe::ftype_id(mix));
         if let Some(imatrix) = imatrix {
             imatrix.describe(&mut meta);
@@ -119,6 +133,7 @@ impl Plan {
             kinds: choices.iter().map(|c| c.kind).collect(),
             sizes: Sizes::of(shape.experts, shape.experts_used, &decls),
             shape,
+            unweighed,
             fallbacks,
         })
     }

@@ -88,6 +88,13 @@ const SENTENCEPIECE_NAMES: [&str; 4] = [
     "tokenizer.model.v1",
 ];
 
+/// Whether a checkpoint folder holds a file that a vocabulary is read from.
+pub fn is_present(dir: &Path) -> bool {
+    let others = ["tokenizer.json", "tekken.json"];
+    let mut names = SENTENCEPIECE_NAMES.iter().chain(&others);
+    names.any(|name| dir.join(name).is_file())
+}
+
 /// All tokenizer metadata of a checkpoint folder, the chat template included.
 pub fn from_checkpoint(dir: &Path) -> Result<Vec<(String, Value)>> {
     let here = |name: &str| Some(dir.join(name)).filter(|path| path.is_file());

@@ -270,7 +270,7 @@ fn is_pickle(extension: &std::ffi::OsStr) -> bool {
 fn any_pickle(folder: &Path) -> Result<Option<PathBuf>> {
     let mut found: Vec<PathBuf> = list(folder)?
         .into_iter()
-        .filter(|p| p.extension().is_some_and(is_pickle))
+        .filter(|p| p.extension().is_some_and(is_pickle) && file_name(p) != "training_args.bin")
         .collect();
     found.sort();
     Ok(found.into_iter().next())

@@ -169,6 +169,15 @@ fn json_is_one_object_and_the_missing_tokenizer_is_told_apart_from_it() {
 }
 
 #[test]
+fn a_broken_tokenizer_is_no_missing_one() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("config.json"), MIXTRAL_8X7B).unwrap();
+    fs::write(folder.path().join("tokenizer.json"), "{").unwrap();
+    let refused = DryRun::new(folder.path(), &Options::new(Mix::Q4_K_M), 512).unwrap_err();
+    assert!(refused.to_string().contains("tokenizer.json"), "{refused}");
+}
+
+#[test]
 fn what_falls_back_is_said() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = common::config(0);

@@ -148,6 +148,10 @@ fn an_imatrix_of_another_model_is_refused() {
         "{message}"
     );
 
+    write_imatrix(&imatrix, "model.other.weight", FFN, &sums(4), &[1.0; 4]);
+    let message = failure(&input, &options(&imatrix));
+    assert!(message.contains("none of the model's"), "{message}");
+
     write_imatrix(&imatrix, DOWN, FFN, &[f32::NAN; 4 * FFN], &[1.0; 4]);
     let message = failure(&input, &options(&imatrix));
     assert!(
