@@ -1,7 +1,7 @@
 //! Sizes from metadata alone: parameters in all and at work, bytes, the RAM that a context needs.
 //!
 //! Nothing here needs a file: the runtime plans from a GGUF file's tensor table, the converter
-//! from a checkpoint's configuration ([`Shape::tensors`]).
+//! from the one that it is going to write.
 
 use std::fmt;
 

@@ -188,17 +188,20 @@ impl Vocabulary {
             ("pad", &mut self.pad),
         ] {
             let named = &settings[format!("{role}_token")];
-            if let Some(text) = named.as_str().or(named["content"].as_str()) {
+            let named = named.as_str().or(named["content"].as_str());
+            if let Some(text) = named.filter(|text| !text.is_empty()) {
                 let found = self.tokens.iter().position(|token| token.text == text);
-                let found = found.ok_or_else(|| {
-                    Error::input(
+                if found.is_none() && ["bos", "eos"].contains(&role) {
+                    return Err(Error::input(
                         path,
                         format!(
                             "names {text:?} as {role}_token, which the vocabulary does not have"
                         ),
-                    )
-                })?;
-                *id = Some(found as u32);
+                    ));
+                }
+                // Fine-tunes often name a padding token that the vocabulary never got; nothing
+                // here needs it.
+                *id = found.map(|found| found as u32).or(*id);
             } else if id.is_none() {
                 let number = &config[format!("{role}_token_id")];
                 *id = number

@@ -332,6 +332,20 @@ fn added_tokens_and_padding_fill_the_embedding() {
 }
 
 #[test]
+fn a_padding_token_that_the_vocabulary_lacks_is_ignored() {
+    let model = spm();
+    let settings = json!({"pad_token": "[PAD]", "bos_token": "", "unk_token": {"content": ""}});
+    let settings = settings.to_string();
+    let metadata = metadata(&folder(&[
+        ("tokenizer.model", &model),
+        ("tokenizer_config.json", settings.as_bytes()),
+    ]));
+    assert!(!metadata.contains("tokenizer.ggml.padding_token_id"));
+    let tokenizer = Tokenizer::from_metadata(&metadata).unwrap();
+    assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(1), Some(2)));
+}
+
+#[test]
 fn folders_without_a_tokenizer_are_told_what_to_get() {
     let error = complaint(&[]);
     assert!(
