@@ -13,7 +13,7 @@ use regex::Regex;
 use serde_json::json;
 
 use crate::dry_run::DryRun;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::pipeline::{Options, Report, convert};
 use crate::recipe::Mix;
 use crate::synth::{self, Preset};
@@ -112,6 +112,12 @@ struct SynthArgs {
     /// Replace OUTPUT if it exists
     #[arg(long)]
     force: bool,
+    /// Threads that draw blocks [default: one a logical CPU]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Print one JSON object on stdout instead of the summary
+    #[arg(long)]
+    json: bool,
 }
 
 /// Runs the command that the process's arguments name: exit code 0 if it is done, 1 if it failed, 2 on wrong usage.
@@ -181,17 +187,30 @@ fn run_synth(args: &SynthArgs) -> Result<()> {
         seed: args.seed,
         force: args.force,
     };
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(args.threads.map_or(0, usize::from))
+        .build()
+        .map_err(|e| Error::io("start threads for", &args.output)(io::Error::other(e)))?;
     let progress = progress_bar();
-    let result = synth::synth(&args.output, &options, &progress);
+    let result = pool.install(|| synth::synth(&args.output, &options, &progress));
     progress.finish_and_clear();
     let report = result?;
     let seconds = report.elapsed.as_secs_f64();
-    print(format_args!(
-        "{}: {} bytes, {seconds:.1} s, {:.0} MB/s",
-        report.path.display(),
-        report.file_bytes,
-        report.file_bytes as f64 / 1e6 / seconds
-    ));
+    let mb_s = report.file_bytes as f64 / 1e6 / seconds;
+    if args.json {
+        print(json!({
+            "file": report.path.display().to_string(),
+            "file_bytes": report.file_bytes,
+            "seconds": seconds,
+            "mb_s": mb_s,
+        }));
+    } else {
+        print(format_args!(
+            "{}: {} bytes, {seconds:.1} s, {mb_s:.0} MB/s",
+            report.path.display(),
+            report.file_bytes,
+        ));
+    }
     Ok(())
 }
 
