@@ -2,7 +2,7 @@
 //!
 //! A prompt multiplies each weight with many tokens, so that unpacking it for every token, as
 //! the dots do, would cost more than the multiplication. Here a tile of [`TILE_ROWS`] rows is
-//! unpacked once, a stretch of [`STRETCH`] columns at a time, into a [`Panel`] that stays in the
+//! unpacked once, a stretch of `STRETCH` columns at a time, into a `Panel` that stays in the
 //! core's first cache, and the panel is multiplied with every token:
 //!
 //! ```text

@@ -161,8 +161,8 @@ pub struct State {
 }
 
 impl State {
-    /// Scratch for up to [`PROMPT_BATCH`] tokens a pass; for fewer where that would pass
-    /// [`SCRATCH_LIMIT`].
+    /// Scratch for up to [`PROMPT_BATCH`] tokens a pass; for fewer where that would take more
+    /// than 768 MiB.
     pub fn new(config: &Config) -> Self {
         let shape = &config.shape;
         let batch =
