@@ -525,25 +525,15 @@ fn a_nan_among_the_activations_is_not_hidden() {
 }
 
 #[test]
-fn products_with_f16_agree_with_f64() {
+fn weighted_f16_sums_agree_with_f64() {
     let mut rng = ChaCha8Rng::seed_from_u64(10);
     for len in (0..70).chain([128, 1000]) {
-        let x = random_x(len, &mut rng);
         let y: Vec<f16> = random_x(len, &mut rng)
             .into_iter()
             .map(f16::from_f32)
             .collect();
         let start = random_x(len, &mut rng);
-        let terms: Vec<f64> = x
-            .iter()
-            .zip(&y)
-            .map(|(&x, y)| f64::from(x) * y.to_f64())
-            .collect();
-        let size: f64 = terms.iter().map(|term| term.abs()).sum();
         for kernels in Kernels::available() {
-            let error = f64::from((kernels.dot_f16)(&x, &y)) - terms.iter().sum::<f64>();
-            assert!(error.abs() <= TOLERANCE * size, "{} {len}", kernels.name);
-
             let mut acc = start.clone();
             (kernels.axpy_f16)(-0.7, &y, &mut acc);
             for ((acc, start), y) in acc.iter().zip(&start).zip(&y) {

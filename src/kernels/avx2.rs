@@ -42,7 +42,6 @@ static KERNELS: Kernels = Kernels {
     exact,
     exact_tile,
     quantize,
-    dot_f16,
     axpy_f16,
 };
 
@@ -518,18 +517,6 @@ fn dot_decoded(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
         decode_pieces(rows, index, x.x, |weights, x| sum.add(weights, x));
         *out = sum.sum();
     }
-}
-
-/// See [`Kernels::dot_f16`].
-pub(super) fn dot_f16(x: &[f32], y: &[f16]) -> f32 {
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn inner(x: &[f32], y: &[F16]) -> f32 {
-        let mut sum = FloatSum::new();
-        sum.add(y, x);
-        sum.sum()
-    }
-    // SAFETY: the table is only handed out where the CPU has the features.
-    unsafe { inner(x, as_blocks(y)) }
 }
 
 /// See [`Kernels::axpy_f16`].

@@ -33,7 +33,6 @@ static KERNELS: Kernels = Kernels {
     exact: avx2::exact,
     exact_tile: avx2::exact_tile,
     quantize: avx2::quantize,
-    dot_f16: avx2::dot_f16,
     axpy_f16: avx2::axpy_f16,
 };
 

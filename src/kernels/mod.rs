@@ -72,8 +72,6 @@ pub struct Kernels {
     pub exact_tile: fn(BlockType) -> Option<Tile>,
     /// Quantizes activations: see [`activations::quantize`].
     pub quantize: Quantize,
-    /// Dots f32 with f16: `Σ x[i] · y[i]` (a query with a key).
-    pub dot_f16: fn(x: &[f32], y: &[half::f16]) -> f32,
     /// `acc[i] += a · y[i]` (a weight times a value vector).
     pub axpy_f16: fn(a: f32, y: &[half::f16], acc: &mut [f32]),
 }

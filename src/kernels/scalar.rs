@@ -31,7 +31,6 @@ pub static KERNELS: Kernels = Kernels {
     exact: |_| dot_decoded,
     exact_tile: |_| Some(tile_decoded),
     quantize: activations::quantize,
-    dot_f16,
     axpy_f16,
 };
 
@@ -163,14 +162,6 @@ impl Lanes {
         }
         self.0[0]
     }
-}
-
-fn dot_f16(x: &[f32], y: &[f16]) -> f32 {
-    let mut lanes = Lanes::default();
-    for (i, (x, y)) in x.iter().zip(y).enumerate() {
-        lanes.add(i, x * y.to_f32());
-    }
-    lanes.sum()
 }
 
 fn axpy_f16(a: f32, y: &[f16], acc: &mut [f32]) {
