@@ -212,9 +212,9 @@ fn write_dense(path: &Path, columns: usize, tied: bool) {
         ("llama.context_length", Value::U32(512)),
         ("llama.embedding_length", Value::U32(columns as u32)),
         ("llama.feed_forward_length", Value::U32(columns as u32)),
-        ("llama.attention.head_count", Value::U32(8)),
+        ("llama.attention.head_count", Value::U32(4)),
         ("llama.vocab_size", Value::U32(64)),
-        ("llama.attention.head_count_kv", Value::U32(2)),
+        ("llama.attention.head_count_kv", Value::U32(1)),
         ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
     ]
     .into_iter()
