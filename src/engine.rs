@@ -237,6 +237,70 @@ impl Engine {
         })
     }
 
+    /// Appends to each turn's session its tokens, by the kernels for single tokens, all sessions
+    /// together: a row of weights is read once a pass for all of them. Each session then holds
+    /// the logits after each of its tokens ([`Session::logits_after`]), the same bits as alone
+    /// and one token at a time.
+    ///
+    /// The results are the turns', in their order, with the errors of [`Session::step`]; a turn
+    /// that fails leaves its session as it was and does not concern the others. More tokens
+    /// than the scratch memory holds (512, unless the model is very wide) take several passes.
+    ///
+    /// # Panics
+    /// If a session is another engine's.
+    pub fn generate(&self, turns: &mut [Turn<'_>]) -> Vec<Result<(), Error>> {
+        let mut results: Vec<_> = turns
+            .iter()
+            .map(|Turn { session, tokens }| {
+                assert!(
+                    std::ptr::eq(self, &*session.engine),
+                    "a session of another engine"
+                );
+                session.check(tokens)
+            })
+            .collect();
+        let starts: Vec<usize> = turns.iter().map(|turn| turn.session.tokens.len()).collect();
+        loop {
+            // The next part of every turn that has one, as far as the pass has room.
+            let mut room = self.batch;
+            let (mut parts, mut slots) = (Vec::new(), Vec::new());
+            for (index, turn) in turns.iter_mut().enumerate() {
+                let done = turn.session.tokens.len() - starts[index];
+                let part = &turn.tokens[done..][..(turn.tokens.len() - done).min(room)];
+                if results[index].is_err() || part.is_empty() {
+                    continue;
+                }
+                room -= part.len();
+                parts.push((index, part));
+                slots.push(Slot {
+                    cache: &mut turn.session.cache,
+                    tokens: part,
+                    logits_from: 0,
+                });
+            }
+            if slots.is_empty() {
+                return results;
+            }
+            let state = self.forward(Phase::Generate, slots);
+            let mut rest = &state.logits[..];
+            for (index, part) in parts {
+                let (logits, others) = rest.split_at(part.len() * self.shape().vocab);
+                rest = others;
+                let session = &mut *turns[index].session;
+                results[index] = session.check_logits(0, logits);
+                if results[index].is_err() {
+                    session.rewind(starts[index]);
+                    continue;
+                }
+                if session.tokens.len() == starts[index] {
+                    session.logits.clear();
+                }
+                session.tokens.extend_from_slice(part);
+                session.logits.extend_from_slice(logits);
+            }
+        }
+    }
+
     /// One forward pass; the guard gives access to the logits.
     fn forward(&self, phase: Phase, slots: Vec<Slot<'_>>) -> MutexGuard<'_, State> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -252,11 +316,20 @@ impl Engine {
     }
 }
 
-/// One timeline: the tokens so far, their keys and values, and the logits of the last one.
+/// A session's part in [`Engine::generate`].
+pub struct Turn<'a> {
+    /// The timeline.
+    pub session: &'a mut Session,
+    /// Tokens to append: one that was chosen, and guesses of those to come after it.
+    pub tokens: &'a [u32],
+}
+
+/// One timeline: the tokens so far, their keys and values, and the logits of the last ones.
 pub struct Session {
     engine: Arc<Engine>,
     cache: KvCache,
     tokens: Vec<u32>,
+    /// `[held, vocab]`: the logits after the last tokens, as many as are held.
     logits: Vec<f32>,
 }
 
@@ -277,17 +350,29 @@ impl Session {
     }
 
     /// Logits after the last token, one a vocabulary entry; empty before the first, and after
-    /// a [`rewind`](Self::rewind).
+    /// a [`rewind`](Self::rewind) to a token whose logits are not held.
     pub fn logits(&self) -> &[f32] {
-        &self.logits
+        let last = self.tokens.len().checked_sub(1);
+        last.and_then(|last| self.logits_after(last))
+            .unwrap_or_default()
+    }
+
+    /// Logits after the token at `position`, where they are held: those of the last token, and
+    /// of all tokens that the last [`Engine::generate`] or [`step`](Self::step) appended.
+    pub fn logits_after(&self, position: usize) -> Option<&[f32]> {
+        let vocab = self.engine.shape().vocab;
+        let first = self.tokens.len() - self.logits.len() / vocab;
+        let row = position.checked_sub(first)?;
+        self.logits.chunks_exact(vocab).nth(row)
     }
 
     /// Appends a prompt and returns the logits after its last token. They are the same bits
     /// however a prompt is cut into calls.
     ///
     /// # Errors
-    /// [`Error::ContextFull`], [`Error::Token`], and [`Error::Empty`] where `tokens` is empty;
-    /// [`Error::NotFinite`] where the weights are damaged. The session is then unchanged.
+    /// [`Error::ContextFull`], [`Error::Token`], and [`Error::Empty`] where `tokens` is empty:
+    /// the session is then unchanged. [`Error::NotFinite`] where the weights are damaged: it
+    /// then holds the tokens that it held, without logits.
     pub fn feed(&mut self, tokens: &[u32]) -> Result<&[f32], Error> {
         let last = tokens.len().checked_sub(1).ok_or(Error::Empty)?;
         self.score(tokens, last, |_, _| {})?;
@@ -300,8 +385,20 @@ impl Session {
     /// # Errors
     /// As [`feed`](Self::feed).
     pub fn step(&mut self, token: u32) -> Result<&[f32], Error> {
-        self.append(Phase::Generate, &[token], 0, |_, _| {})?;
+        self.steps(&[token])?;
         Ok(&self.logits)
+    }
+
+    /// Appends several tokens as as many calls of [`step`](Self::step) would, in one pass, and
+    /// holds the logits after each: what [`Engine::generate`] does for one session.
+    ///
+    /// # Errors
+    /// As [`feed`](Self::feed).
+    pub fn steps(&mut self, tokens: &[u32]) -> Result<(), Error> {
+        let engine = Arc::clone(&self.engine);
+        let session = self;
+        let mut results = engine.generate(&mut [Turn { session, tokens }]);
+        results.pop().expect("a result for the turn")
     }
 
     /// Appends a prompt and calls `visit(i, logits)` for each index `i >= from` with the logits
@@ -314,18 +411,41 @@ impl Session {
         &mut self,
         tokens: &[u32],
         from: usize,
-        visit: impl FnMut(usize, &[f32]),
-    ) -> Result<(), Error> {
-        self.append(Phase::Prompt, tokens, from, visit)
-    }
-
-    fn append(
-        &mut self,
-        phase: Phase,
-        tokens: &[u32],
-        from: usize,
         mut visit: impl FnMut(usize, &[f32]),
     ) -> Result<(), Error> {
+        self.check(tokens)?;
+        let engine = Arc::clone(&self.engine);
+        let vocab = engine.shape().vocab;
+        let from = from.min(tokens.len() - 1);
+        let before = self.tokens.len();
+        let mut start = 0;
+        for part in tokens.chunks(engine.batch) {
+            let logits_from = from.saturating_sub(start).min(part.len());
+            let slot = Slot {
+                cache: &mut self.cache,
+                tokens: part,
+                logits_from,
+            };
+            let state = engine.forward(Phase::Prompt, vec![slot]);
+            if let Err(error) = self.check_logits(logits_from, &state.logits) {
+                self.rewind(before);
+                self.logits.clear();
+                return Err(error);
+            }
+            self.tokens.extend_from_slice(part);
+            for (index, logits) in (start + logits_from..).zip(state.logits.chunks_exact(vocab)) {
+                visit(index, logits);
+            }
+            start += part.len();
+            self.logits.clear();
+            let last = state.logits.len().saturating_sub(vocab);
+            self.logits.extend_from_slice(&state.logits[last..]);
+        }
+        Ok(())
+    }
+
+    /// Whether `tokens` can be appended.
+    fn check(&self, tokens: &[u32]) -> Result<(), Error> {
         let vocab = self.engine.shape().vocab;
         let wanted = self.tokens.len() + tokens.len();
         if tokens.is_empty() {
@@ -340,42 +460,30 @@ impl Session {
         if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocab) {
             return Err(Error::Token { token, vocab });
         }
-        let from = from.min(tokens.len() - 1);
-        let engine = Arc::clone(&self.engine);
-        let mut start = 0;
-        for part in tokens.chunks(engine.batch) {
-            let logits_from = from.saturating_sub(start).min(part.len());
-            let slot = Slot {
-                cache: &mut self.cache,
-                tokens: part,
-                logits_from,
-            };
-            let state = engine.forward(phase, vec![slot]);
-            for (index, logits) in (start + logits_from..).zip(state.logits.chunks_exact(vocab)) {
-                if !logits.iter().all(|logit| logit.is_finite()) {
-                    let position = self.tokens.len() + index;
-                    self.cache.len = self.tokens.len();
-                    let file = engine.path.clone();
-                    return Err(Error::NotFinite { file, position });
-                }
-                visit(index, logits);
-            }
-            start += part.len();
-            if start == tokens.len() {
-                self.logits.clear();
-                let last = state.logits.len() - vocab;
-                self.logits.extend_from_slice(&state.logits[last..]);
-            }
-        }
-        self.tokens.extend_from_slice(tokens);
         Ok(())
     }
 
-    /// Forgets all but the first `len` tokens; the logits are gone until the next
+    /// Whether the `logits` of tokens to be appended are numbers, those of the token `from`
+    /// first.
+    fn check_logits(&self, from: usize, logits: &[f32]) -> Result<(), Error> {
+        let Some(bad) = logits.iter().position(|logit| !logit.is_finite()) else {
+            return Ok(());
+        };
+        Err(Error::NotFinite {
+            file: self.engine.path.clone(),
+            position: self.tokens.len() + from + bad / self.engine.shape().vocab,
+        })
+    }
+
+    /// Forgets all but the first `len` tokens. The logits after the last of those are kept where
+    /// they are held ([`logits_after`](Self::logits_after)); else they are gone until the next
     /// [`feed`](Self::feed).
     pub fn rewind(&mut self, len: usize) {
+        let vocab = self.engine.shape().vocab;
+        let gone = self.tokens.len().saturating_sub(len);
+        let held = self.logits.len() / vocab;
+        self.logits.truncate(held.saturating_sub(gone) * vocab);
         self.tokens.truncate(len);
         self.cache.len = self.tokens.len();
-        self.logits.clear();
     }
 }
