@@ -48,7 +48,7 @@ pub fn kernels() -> Option<&'static Kernels> {
 
 fn dot(kind: BlockType) -> DotRows {
     match kind {
-        BlockType::F32 | BlockType::F16 | BlockType::BF16 => avx2::dot(kind),
+        BlockType::F32 | BlockType::F16 | BlockType::BF16 => avx2::exact(kind),
         BlockType::Q4_0 => entry!(dot_blocks::<BlockQ4_0>),
         BlockType::Q4_1 => entry!(dot_blocks::<BlockQ4_1>),
         BlockType::Q5_0 => entry!(dot_blocks::<BlockQ5_0>),

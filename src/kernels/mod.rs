@@ -58,7 +58,7 @@ pub enum Phase {
 /// The functions of one instruction set.
 #[derive(Clone, Copy)]
 pub struct Kernels {
-    /// What `--kernels` calls it: `scalar`, `avx2`, `avx512`, `neon`.
+    /// What `--kernels` calls it: `scalar`, `avx2`, `avxvnni`, `avx512`, `neon`.
     pub name: &'static str,
     /// The dot product for each type.
     pub dot: fn(BlockType) -> DotRows,
@@ -82,7 +82,11 @@ impl Kernels {
         #[allow(unused_mut)] // other architectures have no table of their own yet
         let mut tables = vec![&scalar::KERNELS];
         #[cfg(target_arch = "x86_64")]
-        tables.extend(avx2::kernels().into_iter().chain(avx512::kernels()));
+        tables.extend(
+            [avx2::kernels(), avx2::vnni_kernels(), avx512::kernels()]
+                .into_iter()
+                .flatten(),
+        );
         tables
     }
 

@@ -1,0 +1,170 @@
+//! The codes and scales of each type, 32 codes to a register.
+
+use std::arch::x86_64::*;
+
+use super::{load_i8, load_u8};
+use crate::kernels::x86::{broadcast_f16, load_16};
+use crate::quant::{
+    Block, BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
+    BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, IQ4_VALUES, MXFP4_DOUBLED,
+};
+
+/// A block, or a super-block, of which 32 codes at a time are made into a register.
+pub(super) trait Codes: Block {
+    /// The codes are without a sign, below 64, and this much too large; `None`: they are signed.
+    const OFFSET: Option<i8>;
+
+    /// The codes of columns `32·stripe..32·stripe + 32`, in order.
+    ///
+    /// # Safety
+    /// The CPU has AVX2.
+    unsafe fn codes(&self, stripe: usize) -> __m256i;
+}
+
+/// A block of 32 weights with a scale and, perhaps, a minimum, each given in all lanes.
+pub(super) trait SmallBlock: Codes {
+    /// Whether there is a minimum.
+    const MINIMUM: bool = false;
+
+    /// `weight = scale · code − minimum`.
+    ///
+    /// # Safety
+    /// The CPU has AVX2 and F16C.
+    unsafe fn scale(&self) -> __m256;
+
+    /// The minimum's negative.
+    ///
+    /// # Safety
+    /// The CPU has AVX2 and F16C.
+    unsafe fn offset(&self) -> __m256 {
+        bytemuck::Zeroable::zeroed()
+    }
+}
+
+/// 32 levels of four bits: the low nibbles of 16 bytes, then the high ones.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn nibbles(qs: &[u8; 16]) -> __m256i {
+    let qs = load_16(qs);
+    let both = _mm256_set_m128i(_mm_srli_epi16::<4>(qs), qs);
+    _mm256_and_si256(both, _mm256_set1_epi8(15))
+}
+
+/// 16 in each byte whose bit is set.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fifth_bits(qh: [u8; 4]) -> __m256i {
+    let spread = _mm256_shuffle_epi8(
+        _mm256_set1_epi32(i32::from_le_bytes(qh)),
+        _mm256_setr_epi64x(
+            0,
+            0x0101_0101_0101_0101,
+            0x0202_0202_0202_0202,
+            0x0303_0303_0303_0303,
+        ),
+    );
+    let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+    let set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
+    _mm256_and_si256(set, _mm256_set1_epi8(16))
+}
+
+/// What four bits stand for in a table.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn look_up(table: &[i8; 16], levels: __m256i) -> __m256i {
+    let table = load_16(bytemuck::cast_ref(table));
+    _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), levels)
+}
+
+/// The bits of `mask` of each byte, moved from `from` places up to `to` places up.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bits(bytes: __m256i, from: usize, to: usize, mask: u8) -> __m256i {
+    let moved = if from >= to {
+        _mm256_srl_epi16(bytes, _mm_cvtsi32_si128((from - to) as i32))
+    } else {
+        _mm256_sll_epi16(bytes, _mm_cvtsi32_si128((to - from) as i32))
+    };
+    _mm256_and_si256(moved, _mm256_set1_epi8((mask << to) as i8))
+}
+
+/// Stripe `index` of packed bytes, 32 to a stripe.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn stripe(bytes: &[u8], index: usize) -> __m256i {
+    load_u8(&bytes.as_chunks().0[index])
+}
+
+macro_rules! codes {
+    ($($block:ty, $offset:expr, |$b:ident, $j:ident| $codes:expr;)*) => {$(
+        impl Codes for $block {
+            const OFFSET: Option<i8> = $offset;
+
+            #[inline]
+            #[target_feature(enable = "avx2")]
+            unsafe fn codes(&self, $j: usize) -> __m256i {
+                let $b = self;
+                $codes
+            }
+        }
+    )*};
+}
+
+codes! {
+    BlockQ4_0, Some(8), |b, _j| nibbles(&b.qs);
+    BlockQ4_1, Some(0), |b, _j| nibbles(&b.qs);
+    BlockQ5_0, Some(16), |b, _j| _mm256_or_si256(nibbles(&b.qs), fifth_bits(b.qh));
+    BlockQ5_1, Some(0), |b, _j| _mm256_or_si256(nibbles(&b.qs), fifth_bits(b.qh));
+    BlockQ8_0, None, |b, _j| load_i8(&b.qs);
+    BlockIQ4NL, None, |b, _j| look_up(&IQ4_VALUES, nibbles(&b.qs));
+    BlockMXFP4, None, |b, _j| look_up(&MXFP4_DOUBLED, nibbles(&b.qs));
+    BlockQ2K, Some(0), |b, j| bits(stripe(&b.qs, j / 4), j % 4 * 2, 0, 3);
+    BlockQ3K, Some(4), |b, j| _mm256_or_si256(
+        bits(stripe(&b.qs, j / 4), j % 4 * 2, 0, 3),
+        bits(load_u8(&b.hmask), j, 2, 1)
+    );
+    BlockQ4K, Some(0), |b, j| bits(stripe(&b.qs, j / 2), j % 2 * 4, 0, 15);
+    BlockQ5K, Some(0), |b, j| _mm256_or_si256(
+        bits(stripe(&b.qs, j / 2), j % 2 * 4, 0, 15),
+        bits(load_u8(&b.qh), j, 4, 1)
+    );
+    BlockQ6K, Some(32), |b, j| _mm256_or_si256(
+        bits(stripe(&b.ql, j / 4 * 2 + j % 2), j % 4 / 2 * 4, 0, 15),
+        bits(stripe(&b.qh, j / 4), j % 4 * 2, 4, 3)
+    );
+    BlockIQ4XS, None, |b, j| look_up(&IQ4_VALUES, nibbles(&b.qs[j]));
+}
+
+macro_rules! small_block {
+    ($($block:ty, |$b:ident| $scale:expr $(, offset $offset:expr)?;)*) => {$(
+        impl SmallBlock for $block {
+            #[inline]
+            #[target_feature(enable = "avx2,f16c")]
+            unsafe fn scale(&self) -> __m256 {
+                let $b = self;
+                $scale
+            }
+
+            $(
+                const MINIMUM: bool = true;
+
+                #[inline]
+                #[target_feature(enable = "avx2,f16c")]
+                unsafe fn offset(&self) -> __m256 {
+                    let $b = self;
+                    $offset
+                }
+            )?
+        }
+    )*};
+}
+
+small_block! {
+    BlockQ4_0, |b| broadcast_f16(b.d);
+    BlockQ4_1, |b| broadcast_f16(b.d), offset broadcast_f16(b.m);
+    BlockQ5_0, |b| broadcast_f16(b.d);
+    BlockQ5_1, |b| broadcast_f16(b.d), offset broadcast_f16(b.m);
+    BlockQ8_0, |b| broadcast_f16(b.d);
+    BlockIQ4NL, |b| broadcast_f16(b.d);
+    BlockMXFP4, |b| _mm256_set1_ps(b.scale());
+}
