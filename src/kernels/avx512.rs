@@ -12,7 +12,7 @@
 //! Small blocks come in pairs. The last block of a row with an odd number of them is paired with
 //! a block of zeros that meets activations of zero.
 //!
-//! Floats, and the exact path, are those of AVX2: they wait for memory.
+//! Dot products of floats are those of AVX2: they wait for memory.
 
 use std::arch::x86_64::*;
 
@@ -31,7 +31,7 @@ static KERNELS: Kernels = Kernels {
     dot,
     tile,
     exact: avx2::exact,
-    exact_tile: avx2::exact_tile,
+    exact_tile,
     quantize: avx2::quantize,
     axpy_f16: avx2::axpy_f16,
 };
@@ -66,7 +66,12 @@ fn dot(kind: BlockType) -> DotRows {
 }
 
 fn tile(kind: BlockType) -> Option<Tile> {
-    avx512_tiles::tile(kind).or_else(|| avx2::exact_tile(kind))
+    avx512_tiles::tile(kind).or_else(|| exact_tile(kind))
+}
+
+/// The tile product in f32.
+fn exact_tile(_: BlockType) -> Option<Tile> {
+    Some(entry!(avx2::tile_512))
 }
 
 /// Two small blocks of a row, of which 64 codes are made.

@@ -68,7 +68,7 @@ pub struct Kernels {
     /// The dot product in f32 throughout: rows are decoded and multiplied with `x.x`. For any type, and
     /// slow: see [`Kernels::exact`].
     pub exact: fn(BlockType) -> DotRows,
-    /// The tile product in f32 throughout, with the bits of [`Kernels::exact`]'s dot products.
+    /// The tile product in f32 throughout.
     pub exact_tile: fn(BlockType) -> Option<Tile>,
     /// Quantizes activations: see [`activations::quantize`].
     pub quantize: Quantize,

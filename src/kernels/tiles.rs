@@ -192,8 +192,7 @@ const DECODED: usize = 256 << 10;
 /// The tile product in f32, for floats and for the exact path: a few rows are decoded at a time
 /// and dotted with every token by `dot`, the dot product of F32 rows.
 ///
-/// Each result has the bits of the dot product of that row and token, since a row is decoded
-/// there to the same numbers and added up in the same order.
+/// Each result is that of the dot product of that row and token, in the same order.
 pub(super) fn decoded(
     rows: Rows<'_>,
     x: &[Activation<'_>],

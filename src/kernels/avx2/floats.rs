@@ -13,6 +13,8 @@ use crate::tensor::Rows;
 
 /// A float of which eight are widened to f32 at a time.
 pub(super) trait Float: bytemuck::Pod {
+    /// Eight of them in f32; exact.
+    ///
     /// # Safety
     /// The CPU has AVX2 and F16C.
     unsafe fn widen(eight: &[Self; 8]) -> __m256;

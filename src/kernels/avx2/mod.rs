@@ -28,12 +28,14 @@ use multiply::{Maddubs, Multiply, Vnni};
 mod activations;
 mod codes;
 mod dots;
+mod float_tiles;
 mod floats;
 mod multiply;
 mod panels;
 mod tiles;
 
 pub(super) use activations::quantize;
+pub(super) use float_tiles::tile_512;
 pub(super) use floats::axpy_f16;
 
 static AVX2: Kernels = table::<Maddubs>("avx2");
@@ -98,9 +100,9 @@ pub(super) fn exact(kind: BlockType) -> DotRows {
     }
 }
 
-/// The tile product in f32: rows are decoded once for all tokens.
-pub(super) fn exact_tile(_: BlockType) -> Option<Tile> {
-    Some(|rows, x, out| super::tiles::decoded(rows, x, out, entry!(dot_floats::<F32>)))
+/// The tile product in f32.
+fn exact_tile(_: BlockType) -> Option<Tile> {
+    Some(entry!(float_tiles::tile))
 }
 
 /// Lanes 0 to 7 as 0 0 1 1 2 2 3 3 and 4 4 5 5 6 6 7 7.
@@ -164,4 +166,28 @@ load! {
 fn store_f32(to: &mut [f32; 8], v: __m256) {
     // SAFETY: the array is as long as the register, and the store takes any alignment.
     unsafe { _mm256_storeu_ps(to.as_mut_ptr(), v) }
+}
+
+/// Transposes 8 × 8 lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn turn(rows: [__m256i; 8]) -> [__m256i; 8] {
+    let [a, b, c, d, e, f, g, h] = rows;
+    let four = |a: __m256i, b: __m256i, c: __m256i, d: __m256i| {
+        let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
+        let (ab_high, cd_high) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
+        [
+            _mm256_unpacklo_epi64(ab, cd),
+            _mm256_unpackhi_epi64(ab, cd),
+            _mm256_unpacklo_epi64(ab_high, cd_high),
+            _mm256_unpackhi_epi64(ab_high, cd_high),
+        ]
+    };
+    let (low, high) = (four(a, b, c, d), four(e, f, g, h));
+    let mut turned = [_mm256_setzero_si256(); 8];
+    for k in 0..4 {
+        turned[k] = _mm256_permute2x128_si256::<0x20>(low[k], high[k]);
+        turned[4 + k] = _mm256_permute2x128_si256::<0x31>(low[k], high[k]);
+    }
+    turned
 }

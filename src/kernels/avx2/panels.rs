@@ -7,6 +7,7 @@ use std::arch::x86_64::*;
 
 use super::codes::{Codes, SmallBlock};
 use super::multiply::ROWS;
+use super::turn;
 use crate::kernels::tiles::{Panel, STRETCH, TILE_ROWS, has_fine_scales, has_minima};
 use crate::kernels::unpack::{GROUP, Unpack};
 use crate::kernels::x86::{SuperBlock, broadcast_f16};
@@ -89,30 +90,6 @@ fn put_lines<B: Fill>(
             );
         }
     }
-}
-
-/// Transposes 8 × 8 lanes.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn turn(rows: [__m256i; 8]) -> [__m256i; 8] {
-    let [a, b, c, d, e, f, g, h] = rows;
-    let four = |a: __m256i, b: __m256i, c: __m256i, d: __m256i| {
-        let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
-        let (ab_high, cd_high) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
-        [
-            _mm256_unpacklo_epi64(ab, cd),
-            _mm256_unpackhi_epi64(ab, cd),
-            _mm256_unpacklo_epi64(ab_high, cd_high),
-            _mm256_unpackhi_epi64(ab_high, cd_high),
-        ]
-    };
-    let (low, high) = (four(a, b, c, d), four(e, f, g, h));
-    let mut turned = [_mm256_setzero_si256(); 8];
-    for k in 0..4 {
-        turned[k] = _mm256_permute2x128_si256::<0x20>(low[k], high[k]);
-        turned[4 + k] = _mm256_permute2x128_si256::<0x31>(low[k], high[k]);
-    }
-    turned
 }
 
 #[inline]

@@ -167,9 +167,18 @@ impl Factors {
         let scales = &x.scales[columns.start / SCALE_LEN..columns.end / SCALE_LEN];
         let sums = &x.sums[columns.start / SUM_LEN..columns.end / SUM_LEN];
         let mut padded = [0; SUMS];
-        padded[..sums.len()].copy_from_slice(sums);
-        self.s[..scales.len()].copy_from_slice(scales);
-        let (s, sums) = (load_f32(&self.s), load_i16(&padded));
+        let sums = match (scales.first_chunk(), sums.first_chunk()) {
+            (Some(scales), Some(sums)) => {
+                self.s = *scales;
+                sums
+            }
+            _ => {
+                self.s[..scales.len()].copy_from_slice(scales);
+                padded[..sums.len()].copy_from_slice(sums);
+                &padded
+            }
+        };
+        let (s, sums) = (load_f32(&self.s), load_i16(sums));
         // 16 sums over 16 columns, or 8 over 32.
         let (sums, s) = if FOURS == 4 {
             let low = _mm256_cvtepi16_epi32(_mm256_castsi256_si128(sums));
