@@ -530,3 +530,49 @@ fn weighted_f16_sums_agree_with_f64() {
         }
     }
 }
+
+#[test]
+fn damage_shows_in_every_product() {
+    let mut rng = ChaCha8Rng::seed_from_u64(21);
+    let sound = random_x(256, &mut rng);
+    for kind in [
+        BlockType::Q4_0,
+        BlockType::Q4_K,
+        BlockType::Q6_K,
+        BlockType::Q8_0,
+    ] {
+        let weights = Weights::random(kind, 3, 256, 0, &mut rng);
+        for kernels in Kernels::available() {
+            let nan_in = |rows: Rows<'_>, x: &[f32]| {
+                let x = all_activations(kernels, 256, &x.repeat(20));
+                let x: Vec<_> = (0..20).map(|t| x.row(t)).collect();
+                [Phase::Prompt, Phase::Generate].map(|phase| {
+                    let mut out = vec![[0.0; TILE_ROWS]; 20];
+                    kernels.product(phase, rows, &x, &mut out);
+                    out.iter()
+                        .map(|out| [0, 1, 2].map(|r| out[r].is_nan()))
+                        .collect::<Vec<_>>()
+                })
+            };
+            for wild in [f32::NAN, f32::INFINITY] {
+                let mut x = sound.clone();
+                x[77] = wild;
+                let name = kernels.name;
+                let all = [vec![[true; 3]; 20], vec![[true; 3]; 20]];
+                assert_eq!(nan_in(weights.rows(), &x), all, "{name} {kind}");
+
+                let mut damaged = weights.bytes.clone();
+                let at = kind.row_bytes(256).unwrap() + scale_places(kind)[0];
+                damaged[at..at + 2].copy_from_slice(&f16::from_f32(wild).to_le_bytes());
+                let damaged = Rows::new(kind, 256, &damaged).unwrap();
+                let [prompt, generate] = nan_in(damaged, &sound);
+                let finite = |out: &[bool; 3]| !out[0] && !out[2];
+                assert!(prompt.iter().all(finite) && generate.iter().all(finite));
+                if wild.is_nan() {
+                    assert!(prompt.iter().all(|out| out[1]), "{name} {kind}");
+                    assert!(generate.iter().all(|out| out[1]), "{name} {kind}");
+                }
+            }
+        }
+    }
+}

@@ -10,18 +10,23 @@
 //! token 5  q ──► vpdpbusd    vpdpbusd
 //! ```
 //!
-//! Each load of codes serves six products and each broadcast two, which is less than the two
-//! loads a cycle that the multipliers of the fastest cores leave room for.
+//! What limits a tile are the two pipes that multiply: `vpdpbusd` and every multiplication in f32
+//! share them, while conversions, additions and loads run beside them. A sum of products
+//! over 32 columns costs 8 `vpdpbusd`, and two multiplications more, by the row's scale and by the
+//! token's, would be a fifth of the time. So there is only one: a token's scale is one of
+//! [`Span::STEPS`] steps times a power of two. The scales of a panel's rows are kept
+//! times each step, and the power of two is added to their exponents as an integer.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::Activation;
-use super::activations::{SCALE_LEN, SUM_LEN};
+use super::activations::{SCALE_LEN, Span};
 use super::avx512_panels::Fill;
 use super::tiles::{
     Fours, Panel, STRETCH, TILE_ROWS, Tile, each_stretch, has_fine_scales, has_minima, offset,
 };
+use super::unpack::GROUP;
 use crate::quant::{
     BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
     BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockType,
@@ -30,10 +35,8 @@ use crate::tensor::Rows;
 
 /// Tokens that are multiplied at a time.
 const TOKENS: usize = 6;
-/// Activation scales in a stretch.
-const SCALES: usize = STRETCH / SCALE_LEN;
-/// Sums of activations in a stretch.
-const SUMS: usize = STRETCH / SUM_LEN;
+/// From so many tokens on it pays to multiply the scales with each step beforehand.
+const FEW_TOKENS: usize = 16;
 
 /// The tile product for a type, if it is one of integers.
 pub(super) fn tile(kind: BlockType) -> Option<Tile> {
@@ -65,203 +68,241 @@ pub(super) fn tile(kind: BlockType) -> Option<Tile> {
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 fn tile_rows<B: Fill>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TILE_ROWS]]) {
-    let multiply = match (has_fine_scales(B::TYPE), has_minima(B::TYPE)) {
-        (false, false) => multiply::<1, false>,
-        (false, true) => multiply::<1, true>,
-        (true, false) => multiply::<2, false>,
-        (true, true) => multiply::<2, true>,
+    let few = x.len() < FEW_TOKENS;
+    let multiply = match (has_fine_scales(B::TYPE), has_minima(B::TYPE), few) {
+        (false, false, false) => multiply::<1, false, false>,
+        (false, false, true) => multiply::<1, false, true>,
+        (false, true, false) => multiply::<1, true, false>,
+        (false, true, true) => multiply::<1, true, true>,
+        (true, false, false) => multiply::<2, false, false>,
+        (true, false, true) => multiply::<2, false, true>,
+        (true, true, false) => multiply::<2, true, false>,
+        (true, true, true) => multiply::<2, true, true>,
     };
+    let mut steps = Steps::new();
     each_stretch::<B>(
         rows,
         out,
         // SAFETY: this function has the features.
         |panel, stretch| unsafe { B::fill(panel, stretch) },
-        |panel, columns, out| multiply(panel, offset(B::TYPE), &columns, x, out),
+        |panel, columns, out| {
+            let offset = offset(B::TYPE);
+            let spans = columns.len() / SCALE_LEN;
+            let (groups, damaged) = if has_fine_scales(B::TYPE) {
+                (2 * spans, prepare::<2>(panel, 2 * spans, offset))
+            } else {
+                (spans, prepare::<1>(panel, spans, offset))
+            };
+            if !few {
+                steps.fill(&panel.scales[..groups]);
+            }
+            // A power of two or none: sums are shifted by its exponent.
+            debug_assert!(offset == 0 || offset.is_power_of_two());
+            let shift = (offset > 0).then(|| offset.trailing_zeros());
+            multiply(panel, &steps, shift, &columns, x, out);
+            if damaged != 0 {
+                for (r, sum) in out.iter_mut().flat_map(|out| out.iter_mut().enumerate()) {
+                    if damaged >> r & 1 == 1 {
+                        *sum = f32::NAN;
+                    }
+                }
+            }
+        },
     );
 }
 
+/// Makes the first `groups` scales such as exponents can be added to: where one is zero, or next to
+/// it, the codes become zeros instead. Returns the rows that have a scale that is no number, a
+/// bit each.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prepare<const FINE: usize>(panel: &mut Panel, groups: usize, offset: u8) -> u32 {
+    const SMALLEST: f32 = 1.0 / (1u64 << 63) as f32;
+    const LARGEST: f32 = (1u64 << 63) as f32;
+    let ordinary = |scale: __m512| {
+        let size = _mm512_abs_ps(scale);
+        let large_enough = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(size, _mm512_set1_ps(SMALLEST));
+        _mm512_mask_cmp_ps_mask::<_CMP_LT_OQ>(large_enough, size, _mm512_set1_ps(LARGEST))
+    };
+    let mut damaged = 0;
+    let codes = panel.codes.chunks_exact_mut(8 / FINE);
+    for (scales, codes) in panel.scales[..groups].iter_mut().zip(codes) {
+        let [low, high] = load_two(scales);
+        if ordinary(low) & ordinary(high) == u16::MAX {
+            continue;
+        }
+        for (r, scale) in scales.iter_mut().enumerate() {
+            if scale.abs() < SMALLEST {
+                *scale = SMALLEST;
+                codes.iter_mut().for_each(|codes| codes[r] = [offset; 4]);
+            } else if scale.is_nan() || scale.abs() >= LARGEST {
+                damaged |= 1 << r;
+            }
+        }
+    }
+    damaged
+}
+
+/// The scales of a panel's rows times each step that a token's scale may have, the last being NaN.
+#[repr(C, align(64))]
+struct Steps([[[f32; TILE_ROWS]; Span::STEPS + 1]; STRETCH / GROUP]);
+
+impl Steps {
+    fn new() -> Self {
+        Self([[[f32::NAN; TILE_ROWS]; Span::STEPS + 1]; STRETCH / GROUP])
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn fill(&mut self, scales: &[[f32; TILE_ROWS]]) {
+        for (steps, scales) in self.0.iter_mut().zip(scales) {
+            let scales = load_two(scales);
+            for (times, factor) in steps[..Span::STEPS].iter_mut().zip(STEP_FACTORS) {
+                let factor = _mm512_set1_ps(factor);
+                store_two(times, scales.map(|scale| _mm512_mul_ps(scale, factor)));
+            }
+        }
+    }
+}
+
+/// What the steps multiply with.
+static STEP_FACTORS: [f32; Span::STEPS + 1] =
+    [1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875, f32::NAN];
+
 /// Adds the products of a panel with all tokens; a weight scale covers `32 / FINE` columns.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-fn multiply<const FINE: usize, const MINIMA: bool>(
+fn multiply<const FINE: usize, const MINIMA: bool, const FEW: bool>(
     panel: &Panel,
-    offset: u8,
+    steps: &Steps,
+    shift: Option<u32>,
     columns: &Range<usize>,
     x: &[Activation<'_>],
     out: &mut [[f32; TILE_ROWS]],
 ) {
-    let mut factors = [[Factors::ZERO; TOKENS]; 2];
-    let fill = |index: usize, factors: &mut [Factors; TOKENS]| {
-        for (factors, x) in factors.iter_mut().zip(x.iter().skip(index * TOKENS)) {
-            factors.fill::<FINE, MINIMA>(x, offset, columns);
-        }
-    };
-    fill(0, &mut factors[0]);
-    for (index, (x, out)) in x.chunks(TOKENS).zip(out.chunks_mut(TOKENS)).enumerate() {
-        // One block ahead: what was just stored is slow to be broadcast.
-        fill(index + 1, &mut factors[(index + 1) % 2]);
-        let factors = &factors[index % 2];
+    let spans = columns.start / SCALE_LEN..columns.end / SCALE_LEN;
+    let (mut x, mut out) = (x, out);
+    while !x.is_empty() {
+        // The last two blocks share what is left: one of a single token would leave the pipes waiting.
+        let tokens = match x.len() {
+            left if left > 2 * TOKENS => TOKENS,
+            left => left.div_ceil(left.div_ceil(TOKENS)),
+        };
+        let (now, later) = x.split_at(tokens);
+        let (sums, sums_later) = out.split_at_mut(now.len());
         macro_rules! with {
             ($($tokens:literal)*) => {
-                match x.len() {
+                match now.len() {
                     $($tokens => {
-                        let mut q = [&[][..]; $tokens];
-                        for (q, x) in q.iter_mut().zip(x) {
-                            *q = x.q[columns.clone()].as_chunks::<SCALE_LEN>().0;
+                        let mut some = [&[][..]; $tokens];
+                        for (some, x) in some.iter_mut().zip(now) {
+                            *some = &x.spans[spans.clone()];
                         }
-                        let (factors, _) = factors.split_first_chunk().expect("as many");
-                        let out = out.try_into().expect("as many");
-                        block::<$tokens, FINE, MINIMA>(panel, factors, q, out)
+                        let sums = sums.try_into().expect("as many");
+                        block::<$tokens, FINE, MINIMA, FEW>(panel, steps, shift, some, sums)
                     })*
                     _ => unreachable!("blocks hold up to six tokens"),
                 }
             };
         }
         with!(1 2 3 4 5 6);
-    }
-}
-
-/// What a token's stretch is multiplied with beside its codes.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Factors {
-    /// `−offset · Σ q` for each weight scale.
-    starts: [i32; SUMS],
-    /// `s · Σ q` for each minimum.
-    s_sums: [f32; SUMS],
-    /// The scales.
-    s: [f32; SCALES],
-}
-
-impl Factors {
-    const ZERO: Self = Self {
-        starts: [0; SUMS],
-        s_sums: [0.0; SUMS],
-        s: [0.0; SCALES],
-    };
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-    fn fill<const FINE: usize, const MINIMA: bool>(
-        &mut self,
-        x: &Activation<'_>,
-        offset: u8,
-        columns: &Range<usize>,
-    ) {
-        let scales = &x.scales[columns.start / SCALE_LEN..columns.end / SCALE_LEN];
-        let sums = &x.sums[columns.start / SUM_LEN..columns.end / SUM_LEN];
-        let mut some_sums = [0; SUMS];
-        let sums = match (scales.first_chunk(), sums.first_chunk()) {
-            (Some(scales), Some(sums)) => {
-                self.s = *scales;
-                sums
-            }
-            _ => {
-                self.s[..scales.len()].copy_from_slice(scales);
-                some_sums[..sums.len()].copy_from_slice(sums);
-                &some_sums
-            }
-        };
-        // SAFETY: the arrays are as long as the registers, and the loads take any alignment.
-        let (s, sums) = unsafe {
-            (
-                _mm256_loadu_ps(self.s.as_ptr()),
-                _mm256_loadu_si256(sums.as_ptr().cast()),
-            )
-        };
-        // 16 sums over 16 columns, or 8 over 32.
-        let (sums, s) = if FINE == 2 {
-            let each_twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-            let s = _mm512_permutexvar_ps(each_twice, _mm512_castps256_ps512(s));
-            (_mm512_cvtepi16_epi32(sums), s)
-        } else {
-            let sums = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
-            (_mm512_zextsi256_si512(sums), _mm512_zextps256_ps512(s))
-        };
-        let starts = _mm512_mullo_epi32(sums, _mm512_set1_epi32(-i32::from(offset)));
-        // SAFETY: as above.
-        unsafe { _mm512_storeu_si512(self.starts.as_mut_ptr().cast(), starts) };
-        if MINIMA {
-            let s_sums = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), s);
-            // SAFETY: as above.
-            unsafe { _mm512_storeu_ps(self.s_sums.as_mut_ptr(), s_sums) };
-        }
+        (x, out) = (later, sums_later);
     }
 }
 
 /// The innermost loops, for `T` tokens.
-#[inline(never)] // so that the compiler leaves the factors in memory, where they are broadcast from
+#[inline(never)] // a function of its own keeps the registers for these loops
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-fn block<const T: usize, const FINE: usize, const MINIMA: bool>(
+fn block<const T: usize, const FINE: usize, const MINIMA: bool, const FEW: bool>(
     panel: &Panel,
-    factors: &[Factors; T],
-    q: [&[[i8; SCALE_LEN]]; T],
+    steps: &Steps,
+    shift: Option<u32>,
+    x: [&[Span]; T],
     out: &mut [[f32; TILE_ROWS]; T],
 ) {
+    let spans = x[0].len();
+    assert!(spans <= STRETCH / SCALE_LEN && x.iter().all(|x| x.len() == spans));
     let mut sums = [[_mm512_setzero_ps(); 2]; T];
     for t in 0..T {
         sums[t] = load_two(&out[t]);
     }
-    let codes = panel.codes.as_chunks::<{ SCALE_LEN / 4 }>().0.iter();
-    let scales = panel.scales.as_chunks::<FINE>().0.iter();
-    let minima = panel.minima.as_chunks::<FINE>().0.iter();
-    for (g, ((codes, scales), minima)) in codes.zip(scales).zip(minima).take(q[0].len()).enumerate()
-    {
-        let mut terms = [[_mm512_setzero_ps(); 2]; T];
-        for half in 0..FINE {
-            let mut dots = [[_mm512_setzero_si512(); 2]; T];
+    // A group is what a weight scale covers: a span or half of one.
+    for g in 0..spans * FINE {
+        // SAFETY: there are no more spans, and no more groups than a panel has (asserted above).
+        let (x, codes, scales, steps, minima) = unsafe {
+            (
+                std::array::from_fn::<&Span, T, _>(|t| x[t].get_unchecked(g / FINE)),
+                panel.codes.get_unchecked(g * 8 / FINE..(g + 1) * 8 / FINE),
+                panel.scales.get_unchecked(g),
+                steps.0.get_unchecked(g),
+                panel.minima.get_unchecked(g),
+            )
+        };
+        let half = g % FINE;
+        let mut dots = [[_mm512_setzero_si512(); 2]; T];
+        if let Some(shift) = shift {
+            let shift = _mm_cvtsi32_si128(shift as i32);
             for t in 0..T {
-                // SAFETY: there are `FINE` starts a group, and no more groups than in a stretch.
-                let start = unsafe { *factors[t].starts.get_unchecked(g * FINE + half) };
-                dots[t] = [_mm512_set1_epi32(start); 2];
+                let minus_sum = if FINE == 2 {
+                    x[t].minus_sums[half]
+                } else {
+                    x[t].minus_sum
+                };
+                dots[t] = [_mm512_sll_epi32(_mm512_set1_epi32(minus_sum), shift); 2];
             }
-            for k in half * 8 / FINE..(half + 1) * 8 / FINE {
-                let codes = load_codes(&codes[k]);
-                for t in 0..T {
-                    // SAFETY: all tokens have as many groups.
-                    let q: &[[i8; 4]; 8] = bytemuck::cast_ref(unsafe { q[t].get_unchecked(g) });
-                    let four = _mm512_set1_epi32(bytemuck::cast(q[k]));
-                    dots[t][0] = _mm512_dpbusd_epi32(dots[t][0], codes[0], four);
-                    dots[t][1] = _mm512_dpbusd_epi32(dots[t][1], codes[1], four);
-                }
-            }
-            let scales = load_two(&scales[half]);
+        }
+        for k in 0..8 / FINE {
+            let codes = load_codes(&codes[k]);
             for t in 0..T {
-                for b in 0..2 {
-                    let dot = _mm512_cvtepi32_ps(dots[t][b]);
-                    terms[t][b] = if half == 0 {
-                        _mm512_mul_ps(dot, scales[b])
-                    } else {
-                        _mm512_fmadd_ps(dot, scales[b], terms[t][b])
-                    };
-                }
+                let q: &[[i8; 4]; 8] = bytemuck::cast_ref(&x[t].q);
+                let four = _mm512_set1_epi32(bytemuck::cast(q[half * (8 / FINE) + k]));
+                dots[t][0] = _mm512_dpbusd_epi32(dots[t][0], codes[0], four);
+                dots[t][1] = _mm512_dpbusd_epi32(dots[t][1], codes[1], four);
             }
         }
         for t in 0..T {
-            // SAFETY: no more groups than in a stretch.
-            let s = _mm512_set1_ps(unsafe { *factors[t].s.get_unchecked(g) });
+            let step = x[t].step() as usize;
+            let scales = if FEW {
+                // SAFETY: there are as many factors as steps.
+                let factor = _mm512_set1_ps(unsafe { *STEP_FACTORS.get_unchecked(step) });
+                load_two(scales).map(|scale| _mm512_mul_ps(scale, factor))
+            } else {
+                // SAFETY: there are as many products as steps.
+                load_two(unsafe { steps.get_unchecked(step) })
+            };
+            let exponent = _mm512_set1_epi32(x[t].exponent);
             for b in 0..2 {
-                sums[t][b] = _mm512_fmadd_ps(terms[t][b], s, sums[t][b]);
+                let scale = _mm512_add_epi32(_mm512_castps_si512(scales[b]), exponent);
+                let dot = _mm512_cvtepi32_ps(dots[t][b]);
+                sums[t][b] = _mm512_fmadd_ps(dot, _mm512_castsi512_ps(scale), sums[t][b]);
             }
         }
         if MINIMA {
-            for half in 0..FINE {
-                let minima = load_two(&minima[half]);
-                for t in 0..T {
-                    // SAFETY: as for the starts.
-                    let s_sum = unsafe { *factors[t].s_sums.get_unchecked(g * FINE + half) };
-                    for b in 0..2 {
-                        sums[t][b] = _mm512_fnmadd_ps(minima[b], _mm512_set1_ps(s_sum), sums[t][b]);
-                    }
+            let minima = load_two(minima);
+            for t in 0..T {
+                let scaled_sum = if FINE == 2 {
+                    x[t].scaled_sums[half]
+                } else {
+                    x[t].scaled_sum
+                };
+                let scaled_sum = _mm512_set1_ps(scaled_sum);
+                for b in 0..2 {
+                    sums[t][b] = _mm512_fnmadd_ps(minima[b], scaled_sum, sums[t][b]);
                 }
             }
         }
     }
     for t in 0..T {
-        // SAFETY: both halves lie in the array, and the store takes any alignment.
-        unsafe {
-            _mm512_storeu_ps(out[t].as_mut_ptr(), sums[t][0]);
-            _mm512_storeu_ps(out[t].as_mut_ptr().add(16), sums[t][1]);
-        }
+        store_two(&mut out[t], sums[t]);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_two(to: &mut [f32; TILE_ROWS], values: [__m512; 2]) {
+    // SAFETY: both halves lie in the array, and the store takes any alignment.
+    unsafe {
+        _mm512_storeu_ps(to.as_mut_ptr(), values[0]);
+        _mm512_storeu_ps(to.as_mut_ptr().add(16), values[1]);
     }
 }
 

@@ -72,11 +72,11 @@ pub fn linear(
     });
 }
 
-/// Cuts a range into ranges of at most [`TILE_TOKENS`].
+/// Cuts a range into ranges of at most [`TILE_TOKENS`], about as long as each other.
 pub(super) fn chunks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let end = range.end;
-    let starts = range.step_by(TILE_TOKENS);
-    starts.map(move |start| start..(start + TILE_TOKENS).min(end))
+    let (start, len) = (range.start, range.len());
+    let chunks = len.div_ceil(TILE_TOKENS);
+    (0..chunks).map(move |i| start + i * len / chunks..start + (i + 1) * len / chunks)
 }
 
 /// Storage on the stack for the product of a tile with up to [`TILE_TOKENS`] tokens.

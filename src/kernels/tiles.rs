@@ -45,7 +45,7 @@ pub const TILE_ROWS: usize = 32;
 
 /// Tokens that callers multiply at a time: enough to make unpacking cheap, few enough for their
 /// sums to stay in cache.
-pub const TILE_TOKENS: usize = 128;
+pub const TILE_TOKENS: usize = 256;
 
 /// Columns that are unpacked at a time.
 pub(super) const STRETCH: usize = 256;
@@ -108,7 +108,7 @@ pub(super) fn each_stretch<B: Unpack>(
     rows: Rows<'_>,
     out: &mut [[f32; TILE_ROWS]],
     mut unpack: impl FnMut(&mut Panel, &[&[B]; TILE_ROWS]),
-    mut multiply: impl FnMut(&Panel, std::ops::Range<usize>, &mut [[f32; TILE_ROWS]]),
+    mut multiply: impl FnMut(&mut Panel, std::ops::Range<usize>, &mut [[f32; TILE_ROWS]]),
 ) {
     assert!((1..=TILE_ROWS).contains(&rows.len()));
     out.fill([0.0; TILE_ROWS]);
@@ -120,7 +120,7 @@ pub(super) fn each_stretch<B: Unpack>(
         let columns = start..(start + STRETCH).min(rows.cols);
         let stretch = rows_of_blocks.map(|row| &row[start / B::LEN..columns.end / B::LEN]);
         unpack(&mut panel, &stretch);
-        multiply(&panel, columns, out);
+        multiply(&mut panel, columns, out);
     }
 }
 

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::load_f32;
-use crate::kernels::activations::{SCALE_LEN, SUM_LEN, inverse_scale};
+use crate::kernels::activations::{SCALE_LEN, SUM_LEN, scale_of};
 
 /// See [`crate::kernels::activations::quantize`], whose bits this gives.
 pub(in crate::kernels) fn quantize(x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [i16]) {
@@ -35,10 +35,10 @@ fn quantize_32(x: &[f32; 32], q: &mut [i8; 32], sums: &mut [i16; 2]) -> f32 {
     let max = _mm_max_epi32(max, _mm_shuffle_epi32::<1>(max));
     let max = f32::from_bits(_mm_cvtsi128_si32(max) as u32);
 
-    let inverse = inverse_scale(max);
+    let (scale, inverse) = scale_of(max);
     if inverse == 0.0 {
         (*q, *sums) = ([0; 32], [0; 2]);
-        return max / 127.0;
+        return scale;
     }
     let inverse = _mm256_set1_ps(inverse);
     let [a, b, c, d] = x.map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse)));
@@ -56,5 +56,5 @@ fn quantize_32(x: &[f32; 32], q: &mut [i8; 32], sums: &mut [i16; 2]) -> f32 {
     let bias = 128 * SUM_LEN as i32;
     sums[0] = (_mm256_extract_epi32::<0>(sixteens) - bias) as i16;
     sums[1] = (_mm256_extract_epi32::<4>(sixteens) - bias) as i16;
-    max / 127.0
+    scale
 }
