@@ -2,11 +2,15 @@
 //!
 //! A decode step of Mixtral has about 200 points at which all threads meet, so a meeting must
 //! cost about a microsecond: workers wait for the next job in a spin loop, and only park after
-//! `SPIN` without one. Tasks are claimed from one atomic counter, so that a slow core takes
-//! fewer and never holds up the others; a worker that wakes too late for a job simply misses
-//! it. There is one job at a time, and the caller works on it too.
+//! `SPIN` without one. Each thread begins with a run of tasks of its own, since tasks that follow
+//! each other are rows that follow each other in memory, and a thread streams one long run of
+//! them much faster than pieces of a run that it shares. A run is claimed task by task from
+//! an atomic counter, and whoever is done goes on with the runs of the others: a slow core takes
+//! fewer tasks and never holds up the rest, and a worker that wakes too late for a job simply
+//! misses it. There is one job at a time, and the caller works on it too.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -71,8 +75,8 @@ pub struct Pool {
 struct Shared {
     /// Generation of the job in the upper bits, then [`OPEN`], then the workers that entered.
     ticket: AtomicU64,
-    /// The next task to claim.
-    next: AtomicUsize,
+    /// The next task to claim of each thread's run, the caller's first.
+    next: Vec<Cursor>,
     /// Workers that have left the job.
     left: AtomicUsize,
     /// The job; written while no worker is inside, read only by workers inside.
@@ -83,6 +87,11 @@ struct Shared {
     parked: Vec<AtomicBool>,
     stop: AtomicBool,
 }
+
+/// A counter in a cache line (or two: they are fetched in pairs) of its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Cursor(AtomicUsize);
 
 /// The closure of the running job, its lifetime erased, and the number of its tasks.
 #[derive(Clone, Copy)]
@@ -115,7 +124,7 @@ impl Pool {
         let workers = threads.max(1) - 1;
         let shared = Arc::new(Shared {
             ticket: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
+            next: (0..=workers).map(|_| Cursor::default()).collect(),
             left: AtomicUsize::new(0),
             job: std::cell::UnsafeCell::new(Job {
                 run: &|_| {},
@@ -146,7 +155,7 @@ impl Pool {
     }
 
     /// Calls `run(task)` once for every task in `0..tasks`, on all threads, and returns when
-    /// all are done. Tasks are claimed in ascending order.
+    /// all are done.
     ///
     /// A task must not call `run` itself: there is one job at a time.
     ///
@@ -171,7 +180,10 @@ impl Pool {
                 tasks,
             };
         }
-        shared.next.store(0, Ordering::Relaxed);
+        for (thread, next) in shared.next.iter().enumerate() {
+            next.0
+                .store(shared.run_of(thread, tasks).start, Ordering::Relaxed);
+        }
         shared.left.store(0, Ordering::Relaxed);
         let generation = shared.ticket.load(Ordering::Relaxed) & !(GENERATION - 1);
         shared
@@ -183,9 +195,9 @@ impl Pool {
                 worker.thread().unpark();
             }
         }
-        let mine = catch_unwind(AssertUnwindSafe(|| shared.claim(run, tasks)));
+        let mine = catch_unwind(AssertUnwindSafe(|| shared.claim(0, run, tasks)));
         if mine.is_err() {
-            shared.next.store(tasks, Ordering::Relaxed);
+            shared.give_up(tasks);
         }
         // Closing the ticket keeps latecomers out; whoever is in finishes its task.
         let entered = (shared.ticket.fetch_and(!OPEN, Ordering::AcqRel) & (OPEN - 1)) as usize;
@@ -268,8 +280,10 @@ impl Shared {
             let Job { run, tasks } = unsafe { *self.job.get() };
             // SAFETY: as above.
             let run = unsafe { &*run };
-            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.claim(run, tasks))) {
-                self.next.store(tasks, Ordering::Relaxed);
+            if let Err(payload) =
+                catch_unwind(AssertUnwindSafe(|| self.claim(index + 1, run, tasks)))
+            {
+                self.give_up(tasks);
                 *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
             }
             self.left.fetch_add(1, Ordering::Release);
@@ -305,14 +319,32 @@ impl Shared {
         }
     }
 
-    /// Claims and runs tasks until none is left.
-    fn claim(&self, run: &(dyn Fn(usize) + Sync), tasks: usize) {
-        loop {
-            let task = self.next.fetch_add(1, Ordering::Relaxed);
-            if task >= tasks {
-                return;
+    /// The run of tasks that `thread` begins with.
+    fn run_of(&self, thread: usize, tasks: usize) -> Range<usize> {
+        let threads = self.next.len();
+        let start = |thread: usize| (thread as u128 * tasks as u128 / threads as u128) as usize;
+        start(thread)..start(thread + 1)
+    }
+
+    /// Claims and runs tasks until none is left, those of `thread`'s own run first.
+    fn claim(&self, thread: usize, run: &(dyn Fn(usize) + Sync), tasks: usize) {
+        let threads = self.next.len();
+        for owner in (thread..threads).chain(0..thread) {
+            let end = self.run_of(owner, tasks).end;
+            loop {
+                let task = self.next[owner].0.fetch_add(1, Ordering::Relaxed);
+                if task >= end {
+                    break;
+                }
+                run(task);
             }
-            run(task);
+        }
+    }
+
+    /// Leaves nothing to claim.
+    fn give_up(&self, tasks: usize) {
+        for next in &self.next {
+            next.0.store(tasks, Ordering::Relaxed);
         }
     }
 }

@@ -18,7 +18,7 @@ use std::arch::x86_64::*;
 
 use bytemuck::Zeroable;
 
-use super::x86::{SuperBlock, each_row, entry, half_bits, load_16};
+use super::x86::{SuperBlock, each_row, entry, half_bits, load_16, prefetch_ahead};
 use super::{Activation, DotRows, Kernels, Tile, avx2, avx512_tiles};
 use crate::quant::{
     Block, BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
@@ -129,6 +129,7 @@ fn pairs<B: Pair>(row: &[B], x: Activation<'_>) -> f32 {
     let (s, s_rest) = x.scales.as_chunks::<2>();
     let (sums, sums_rest) = x.sums.as_chunks::<4>();
     for (((pair, q), s), sums) in row.iter().zip(q).zip(s).zip(sums) {
+        prefetch_ahead(pair);
         // Pairs take turns at the accumulators.
         acc = [acc[1], add_pair(acc[0], pair, q, s, sums)];
     }
@@ -191,6 +192,7 @@ fn super_blocks<B: Quarters>(row: &[B], x: Activation<'_>) -> f32 {
     let each_twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     let each_four = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     for (((block, q), s), sums) in row.iter().zip(q).zip(scales).zip(sums) {
+        prefetch_ahead(block);
         let (q, _) = q.as_chunks::<64>();
         let s = _mm512_permutexvar_ps(each_twice, _mm512_castps256_ps512(load_f32(s)));
         // SAFETY: this function has the features.

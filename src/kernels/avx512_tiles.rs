@@ -99,6 +99,7 @@ fn tile_rows<B: Fill>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TIL
             // A power of two or none: sums are shifted by its exponent.
             debug_assert!(offset == 0 || offset.is_power_of_two());
             let shift = (offset > 0).then(|| offset.trailing_zeros());
+            prefetch_stretch(rows, columns.end);
             multiply(panel, &steps, shift, &columns, x, out);
             if damaged != 0 {
                 for (r, sum) in out.iter_mut().flat_map(|out| out.iter_mut().enumerate()) {
@@ -109,6 +110,20 @@ fn tile_rows<B: Fill>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TIL
             }
         },
     );
+}
+
+/// Asks for the stretch of every row that starts at `column`: the rows lie apart, and their next
+/// pieces would be waited for when the next panel is filled.
+#[inline]
+fn prefetch_stretch(rows: Rows<'_>, column: usize) {
+    let bytes = |columns: usize| columns / rows.kind.block_len() * rows.kind.block_bytes();
+    let stretch = bytes(column)..bytes((column + STRETCH).min(rows.cols));
+    for r in 0..rows.len() {
+        for line in rows.row(r)[stretch.clone()].chunks(64) {
+            // SAFETY: a prefetch reads nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+        }
+    }
 }
 
 /// Makes the first `groups` scales such as exponents can be added to: where one is zero, or next to
