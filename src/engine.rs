@@ -11,7 +11,7 @@ use crate::gguf::{self, Gguf};
 use crate::kernels::{Kernels, Phase};
 use crate::model::{self, KvCache, KvKind, Model, Slot, State, forward};
 use crate::plan;
-use crate::threads::{self, Pool};
+use crate::threads::{self, CpuSet, Pool};
 use crate::tokenizer::{self, Tokenizer};
 
 /// Why a model cannot be loaded or cannot go on.
@@ -38,6 +38,26 @@ pub enum Error {
         threads: usize,
         /// The system's reason.
         source: std::io::Error,
+    },
+    /// The threads cannot be kept on the CPUs asked for.
+    #[error(
+        "cannot keep threads on the CPUs {cpus:?}: {source}; --cpu-mask must name CPUs that the process may use"
+    )]
+    Cpus {
+        /// Numbers of the CPUs.
+        cpus: Vec<usize>,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// More threads are asked for than CPUs to keep them on.
+    #[error(
+        "{threads} threads cannot each have one of {cpus} CPUs; give fewer with --threads, or more with --cpu-mask"
+    )]
+    Crowded {
+        /// Threads asked for.
+        threads: usize,
+        /// CPUs asked for.
+        cpus: usize,
     },
     /// There is no memory for a context.
     #[error("a context of {context} tokens needs {:.1} GB for keys and values: {source}; give a smaller --ctx", *bytes as f64 / 1e9)]
@@ -109,12 +129,32 @@ pub enum ActivationMode {
 /// How to load a model.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// Threads; `None` for one a physical core that the process may use.
+    /// Threads; `None` for one each of `cpus`, or one a fast physical core that the process may use.
     pub threads: Option<usize>,
+    /// CPUs to keep the threads on, one each: the pool's and the one that loads the engine.
+    pub cpus: Option<CpuSet>,
     /// Kernels by name; `None` for the widest that the CPU has.
     pub kernels: Option<String>,
     /// How quantized rows meet the activations.
     pub activations: ActivationMode,
+}
+
+/// The threads that `options` ask for.
+fn start_pool(options: &Options) -> Result<Pool, Error> {
+    let Some(cpus) = &options.cpus else {
+        let threads = options.threads.unwrap_or_else(threads::default_count);
+        return Pool::new(threads).map_err(|source| Error::Threads { threads, source });
+    };
+    let cpus = cpus.cpus();
+    let threads = options.threads.unwrap_or(cpus.len());
+    let Some(cpus) = cpus.get(..threads.max(1)) else {
+        let cpus = cpus.len();
+        return Err(Error::Crowded { threads, cpus });
+    };
+    Pool::pinned(cpus).map_err(|source| {
+        let cpus = cpus.to_vec();
+        Error::Cpus { cpus, source }
+    })
 }
 
 /// A loaded, shareable model.
@@ -168,8 +208,7 @@ impl Engine {
         };
         let state = State::new(&model.config);
         let batch = state.batch;
-        let threads = options.threads.unwrap_or_else(threads::default_count);
-        let pool = Pool::new(threads).map_err(|source| Error::Threads { threads, source })?;
+        let pool = start_pool(options)?;
         Ok(Arc::new(Self {
             path: path.to_owned(),
             gguf,
@@ -466,9 +505,13 @@ impl Session {
     /// Whether the `logits` of tokens to be appended are numbers, those of the token `from`
     /// first.
     fn check_logits(&self, from: usize, logits: &[f32]) -> Result<(), Error> {
-        let Some(bad) = logits.iter().position(|logit| !logit.is_finite()) else {
+        // Whole blocks without a branch: a vocabulary is long.
+        let finite = |block: &[f32]| block.iter().fold(true, |all, x| all & x.is_finite());
+        if logits.chunks(256).all(finite) {
             return Ok(());
-        };
+        }
+        let bad = logits.iter().position(|logit| !logit.is_finite());
+        let bad = bad.unwrap_or_default();
         Err(Error::NotFinite {
             file: self.engine.path.clone(),
             position: self.tokens.len() + from + bad / self.engine.shape().vocab,

@@ -12,7 +12,8 @@
 //! - [`model`]: configuration, weights, state, the forward pass
 //! - [`engine`]: [`Engine`](engine::Engine), the loaded model, and
 //!   [`Session`](engine::Session), one timeline with its KV cache
-//! - [`sampler`], [`chat`], [`perplexity`], [`bench`](mod@bench): what is built on those two
+//! - [`sampler`], [`draft`], [`generation`]: from logits to a token; guesses of the next ones; a session's tokens
+//! - [`chat`], [`perplexity`], [`bench`](mod@bench): what is built on those two
 //! - [`cli`]: one file a command
 
 #[cfg(target_endian = "big")]
@@ -21,8 +22,10 @@ compile_error!("GGUF files are little-endian and are mapped as they are");
 pub mod bench;
 pub mod chat;
 pub mod cli;
+pub mod draft;
 pub mod engine;
 pub mod experts;
+pub mod generation;
 pub mod gguf;
 pub mod kernels;
 pub mod model;

@@ -6,8 +6,6 @@
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 
-use crate::engine::{Error, Session};
-
 /// How to choose among the likely tokens.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -56,14 +54,16 @@ impl Settings {
 pub struct Sampler {
     settings: Settings,
     rng: ChaCha8Rng,
+    /// Scratch: the logits under the penalty.
+    penalised: Vec<f32>,
+    /// Scratch: the likely tokens, best first.
     candidates: Vec<Candidate>,
 }
 
-/// A token that may be drawn.
+/// A token that may be drawn, with its logit.
 #[derive(Clone, Copy)]
 struct Candidate {
     token: u32,
-    /// The logit; from top-p on a probability up to a common factor.
     score: f32,
 }
 
@@ -74,6 +74,7 @@ impl Sampler {
         Self {
             settings,
             rng,
+            penalised: Vec::new(),
             candidates: Vec::new(),
         }
     }
@@ -82,25 +83,33 @@ impl Sampler {
     /// being the tokens so far.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> u32 {
         let settings = &self.settings;
-        let pool = &mut self.candidates;
-        pool.clear();
-        pool.extend(
-            (0..)
-                .zip(logits)
-                .map(|(token, &score)| Candidate { token, score }),
-        );
         let recent = &history[history.len().saturating_sub(settings.repeat_last)..];
-        penalise(pool, recent, settings.repeat_penalty);
-        if settings.temperature <= 0.0 {
-            return best(pool);
+        let logits = match settings.repeat_penalty != 1.0 && !recent.is_empty() {
+            true => {
+                self.penalised.clear();
+                self.penalised.extend_from_slice(logits);
+                penalise(&mut self.penalised, recent, settings.repeat_penalty);
+                &self.penalised[..]
+            }
+            false => logits,
+        };
+        let max = max(logits);
+        if settings.temperature <= 0.0 || max == f32::NEG_INFINITY {
+            // The lowest id among equals; token 0 where there is no number at all.
+            let best = logits.iter().position(|&logit| logit == max);
+            return best.unwrap_or(0) as u32;
         }
-        keep_top_k(pool, settings.top_k);
+        let pool = &mut self.candidates;
+        // What min-p cuts off needs no sorting, unless it counts in top-p's total.
+        let least = match settings.top_p >= 1.0 {
+            true => least_of(settings.min_p, max),
+            false => f32::NEG_INFINITY,
+        };
+        keep_top_k(pool, logits, settings.top_k, least);
         keep_top_p(pool, settings.top_p);
         keep_min_p(pool, settings.min_p);
-        let best = pool[0].score;
-        let weight = |candidate: &Candidate| {
-            f64::from((candidate.score - best) / settings.temperature).exp()
-        };
+        let weight =
+            |candidate: &Candidate| f64::from((candidate.score - max) / settings.temperature).exp();
         let total: f64 = pool
             .iter()
             .map(weight)
@@ -117,96 +126,65 @@ impl Sampler {
     }
 }
 
-/// The tokens that follow what a session holds, up to a token that ends the text (which is not
-/// yielded) or a limit. Each is fed to the session when the next one is asked for.
-pub struct Generation<'a> {
-    session: &'a mut Session,
-    sampler: &'a mut Sampler,
-    left: usize,
-    pending: Option<u32>,
-}
-
-impl<'a> Generation<'a> {
-    /// At most `limit` tokens after what `session` holds; it must have been fed before.
-    pub fn new(session: &'a mut Session, sampler: &'a mut Sampler, limit: usize) -> Self {
-        Self {
-            session,
-            sampler,
-            left: limit,
-            pending: None,
-        }
-    }
-}
-
-impl Iterator for Generation<'_> {
-    type Item = Result<u32, Error>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        self.left = self.left.checked_sub(1)?;
-        if let Some(token) = self.pending.take()
-            && let Err(error) = self.session.step(token)
-        {
-            self.left = 0;
-            return Some(Err(error));
-        }
-        let token = self
-            .sampler
-            .sample(self.session.logits(), self.session.tokens());
-        if self.session.engine().tokenizer().is_end(token) {
-            self.left = 0;
-            return None;
-        }
-        self.pending = Some(token);
-        Some(Ok(token))
-    }
-}
-
 /// Makes each token of `recent` less likely, once however often it stands there.
-fn penalise(pool: &mut [Candidate], recent: &[u32], penalty: f32) {
-    if penalty == 1.0 {
-        return;
-    }
+fn penalise(logits: &mut [f32], recent: &[u32], penalty: f32) {
     let mut seen: Vec<u32> = recent.to_vec();
     seen.sort_unstable();
     seen.dedup();
     for token in seen {
-        if let Some(candidate) = pool.get_mut(token as usize) {
-            candidate.score = if candidate.score > 0.0 {
-                candidate.score / penalty
-            } else {
-                candidate.score * penalty
+        if let Some(logit) = logits.get_mut(token as usize) {
+            *logit = match *logit > 0.0 {
+                true => *logit / penalty,
+                false => *logit * penalty,
             };
         }
     }
 }
 
-/// The highest score; among equals the lowest id. A NaN never wins.
-fn best(pool: &[Candidate]) -> u32 {
-    let mut best = pool[0];
-    for &candidate in &pool[1..] {
-        if candidate.score > best.score || best.score.is_nan() {
-            best = candidate;
+/// The highest logit; NaN counts for nothing.
+fn max(logits: &[f32]) -> f32 {
+    // Several maxima side by side: a vocabulary is long, and one alone waits for itself.
+    let (chunks, rest) = logits.as_chunks::<16>();
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for chunk in chunks {
+        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
+            *lane = if logit > *lane { logit } else { *lane };
         }
     }
-    best.token
+    lanes
+        .iter()
+        .chain(rest)
+        .fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max })
 }
 
-/// Sorts by score, best first, and keeps the first `k` (all for 0).
-fn keep_top_k(pool: &mut Vec<Candidate>, k: usize) {
-    pool.retain(|candidate| !candidate.score.is_nan());
-    if pool.is_empty() {
-        pool.push(Candidate {
-            token: 0,
-            score: 0.0,
-        });
-    }
-    let order =
-        |a: &Candidate, b: &Candidate| b.score.total_cmp(&a.score).then(a.token.cmp(&b.token));
-    if k > 0 && k < pool.len() {
-        pool.select_nth_unstable_by(k - 1, order);
-        pool.truncate(k);
+/// Fills the pool with the `k` best tokens (all for 0), best first, those below `least` left out;
+/// of equals the lower id comes first.
+fn keep_top_k(pool: &mut Vec<Candidate>, logits: &[f32], k: usize, least: f32) {
+    let order = |a: &Candidate, b: &Candidate| {
+        (b.score.partial_cmp(&a.score))
+            .expect("a NaN is no candidate")
+            .then(a.token.cmp(&b.token))
+    };
+    pool.clear();
+    // The pool may grow to twice `k`; then the worse half goes, and only what beats the worst
+    // that is left can still come in: an equal one has a higher id.
+    let mut enough = f32::NEG_INFINITY;
+    let mut full = false;
+    for (token, &score) in (0..).zip(logits) {
+        if score.is_nan() || score < least || (full && score <= enough) {
+            continue;
+        }
+        pool.push(Candidate { token, score });
+        if k > 0 && pool.len() == k.saturating_mul(2) {
+            pool.select_nth_unstable_by(k - 1, order);
+            pool.truncate(k);
+            (full, enough) = (true, pool[k - 1].score);
+        }
     }
     pool.sort_unstable_by(order);
+    if k > 0 {
+        pool.truncate(k);
+    }
 }
 
 /// Keeps the shortest head of the sorted pool whose probabilities reach `p`, at least one.
@@ -229,13 +207,17 @@ fn keep_top_p(pool: &mut Vec<Candidate>, p: f32) {
 
 /// Keeps what is at least `p` times as likely as the best.
 fn keep_min_p(pool: &mut Vec<Candidate>, p: f32) {
-    if p > 0.0 {
-        let least = pool[0].score + p.min(1.0).ln();
-        let keep = pool
-            .iter()
-            .take_while(|candidate| candidate.score >= least)
-            .count();
-        pool.truncate(keep.max(1));
+    let least = least_of(p, pool[0].score);
+    let keep = pool.iter().take_while(|candidate| candidate.score >= least);
+    let keep = keep.count().max(1);
+    pool.truncate(keep);
+}
+
+/// The logit of a token that is `p` times as likely as one whose logit is `best`.
+fn least_of(p: f32, best: f32) -> f32 {
+    match p > 0.0 {
+        true => best + p.min(1.0).ln(),
+        false => f32::NEG_INFINITY,
     }
 }
 
@@ -358,5 +340,50 @@ mod tests {
     fn nothing_but_nan_still_gives_a_token() {
         let mut sampler = Sampler::new(Settings::default());
         assert_eq!(sampler.sample(&[f32::NAN, f32::NAN], &[]), 0);
+    }
+
+    /// The steps as they are defined: everything sorted first.
+    fn likely(settings: &Settings, logits: &[f32]) -> Vec<u32> {
+        let mut pool: Vec<Candidate> = (0..)
+            .zip(logits)
+            .map(|(token, &score)| Candidate { token, score })
+            .filter(|candidate| !candidate.score.is_nan())
+            .collect();
+        pool.sort_by(|a, b| b.score.partial_cmp(&a.score).unwrap());
+        let k = settings.top_k;
+        pool.truncate(if k == 0 { pool.len() } else { k });
+        keep_top_p(&mut pool, settings.top_p);
+        keep_min_p(&mut pool, settings.min_p);
+        pool.iter().map(|candidate| candidate.token).collect()
+    }
+
+    #[test]
+    fn the_likely_tokens_are_those_of_a_full_sort() {
+        // With ties, infinities and a NaN.
+        let mut logits: Vec<f32> = (0..3000u32)
+            .map(|i| (i.wrapping_mul(2_654_435_761) >> 20) as f32 / 200.0)
+            .collect();
+        (logits[7], logits[100], logits[1500]) = (f32::NAN, f32::NEG_INFINITY, f32::NEG_INFINITY);
+        for top_k in [0, 1, 2, 40, 1000, 2999, 3000, 5000] {
+            for (top_p, min_p) in [
+                (1.0, 0.0),
+                (0.9, 0.0),
+                (1.0, 0.05),
+                (0.95, 0.05),
+                (1.0, 1.0),
+            ] {
+                let settings = Settings {
+                    top_k,
+                    top_p,
+                    min_p,
+                    ..Settings::default()
+                };
+                let mut sampler = Sampler::new(settings.clone());
+                sampler.sample(&logits, &[]);
+                let pool = &sampler.candidates;
+                let found: Vec<u32> = pool.iter().map(|candidate| candidate.token).collect();
+                assert_eq!(found, likely(&settings, &logits), "{settings:?}");
+            }
+        }
     }
 }

@@ -9,14 +9,17 @@
 //! fewer tasks and never holds up the rest, and a worker that wakes too late for a job simply
 //! misses it. There is one job at a time, and the caller works on it too.
 
-use std::collections::BTreeSet;
+mod cpus;
+
+use std::io;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use std::{fs, io};
+
+pub use cpus::{CpuSet, default_count};
 
 /// How long a worker spins for the next job before it parks: longer than the gaps within a
 /// forward pass, shorter than anything a person or a power meter would notice.
@@ -24,44 +27,6 @@ const SPIN: Duration = Duration::from_micros(200);
 
 /// More threads than this are refused: it is no machine's number of cores, and each costs memory.
 pub const MAX_THREADS: usize = 1024;
-
-/// One thread a physical core that the process may use: two threads on one core share its
-/// multipliers and its way to memory, which is all that kernels need.
-pub fn default_count() -> usize {
-    let allowed = thread::available_parallelism().map_or(1, usize::from);
-    physical_cores().map_or(allowed, |cores| cores.clamp(1, allowed))
-}
-
-/// Physical cores among the CPUs that the process may run on, where Linux says.
-fn physical_cores() -> Option<usize> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let list = status
-        .lines()
-        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
-    let mut cores = BTreeSet::new();
-    for cpu in parse_cpu_list(list)? {
-        let topology = |what: &str| {
-            fs::read_to_string(format!("/sys/devices/system/cpu/cpu{cpu}/topology/{what}"))
-        };
-        cores.insert((
-            topology("physical_package_id").ok()?,
-            topology("core_id").ok()?,
-        ));
-    }
-    Some(cores.len())
-}
-
-/// The CPUs of a list such as `0-3,8`.
-fn parse_cpu_list(list: &str) -> Option<Vec<usize>> {
-    let mut cpus = Vec::new();
-    for range in list.trim().split(',') {
-        let (first, last) = range.split_once('-').unwrap_or((range, range));
-        cpus.extend(
-            first.parse().ok()?..=last.parse().ok().filter(|&last: &usize| last < 1 << 16)?,
-        );
-    }
-    Some(cpus)
-}
 
 /// A fixed number of threads that work on one job at a time.
 pub struct Pool {
@@ -117,6 +82,22 @@ impl Pool {
     /// # Errors
     /// When there are more than [`MAX_THREADS`], or the system starts no more.
     pub fn new(threads: usize) -> io::Result<Self> {
+        Self::start(threads, &[])
+    }
+
+    /// A pool of a thread for each of `cpus`, kept there, and the calling thread on the first.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); when the process may not use a CPU; where the system is not Linux.
+    /// The calling thread may then be left on one of the CPUs.
+    pub fn pinned(cpus: &[usize]) -> io::Result<Self> {
+        let pool = Self::start(cpus.len(), cpus.get(1..).unwrap_or_default())?;
+        cpus.first().map_or(Ok(()), |&cpu| cpus::pin(cpu))?;
+        Ok(pool)
+    }
+
+    /// Starts the workers, each on its CPU where there is one for it.
+    fn start(threads: usize, cpus: &[usize]) -> io::Result<Self> {
         if threads > MAX_THREADS {
             let problem = format!("at most {MAX_THREADS} make sense");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
@@ -143,6 +124,8 @@ impl Pool {
             let shared = Arc::clone(&pool.shared);
             let name = format!("fewbit-{}", index + 1);
             let worker = thread::Builder::new().name(name);
+            // A thread begins on the CPUs of the one that starts it.
+            cpus.get(index).map_or(Ok(()), |&cpu| cpus::pin(cpu))?;
             // Where one fails, dropping the pool ends those before it.
             pool.workers.push(worker.spawn(move || shared.work(index))?);
         }
@@ -481,11 +464,67 @@ mod tests {
         assert!(Pool::new(MAX_THREADS + 1).is_err());
     }
 
+    /// Nanoseconds that a thread (`pid/task/tid`) has run.
+    #[cfg(target_os = "linux")]
+    fn time_of(thread: &std::path::Path) -> Duration {
+        let path = std::path::Path::new("/proc").join(thread).join("schedstat");
+        let stat = std::fs::read_to_string(path).unwrap();
+        Duration::from_nanos(stat.split(' ').next().unwrap().parse().unwrap())
+    }
+
+    /// Runs a job that needs every thread and returns what each says.
+    #[cfg(target_os = "linux")]
+    fn ask<T: Send>(pool: &Pool, what: impl Fn() -> T + Sync) -> Vec<T> {
+        let here = AtomicUsize::new(0);
+        let answers = Mutex::new(Vec::new());
+        pool.run(pool.threads(), &|_| {
+            here.fetch_add(1, Ordering::SeqCst);
+            while here.load(Ordering::SeqCst) < pool.threads() {
+                thread::yield_now();
+            }
+            answers.lock().unwrap().push(what());
+        });
+        answers.into_inner().unwrap()
+    }
+
     #[test]
-    fn lists_of_cpus_are_read() {
-        assert_eq!(parse_cpu_list(" 0-2,5"), Some(vec![0, 1, 2, 5]));
-        assert_eq!(parse_cpu_list("7"), Some(vec![7]));
-        assert_eq!(parse_cpu_list("x"), None);
-        assert!(default_count() >= 1);
+    #[cfg(target_os = "linux")]
+    fn an_idle_pool_takes_no_time() {
+        let pool = Pool::new(3).unwrap();
+        let threads = ask(&pool, || std::fs::read_link("/proc/thread-self").unwrap());
+        thread::sleep(Duration::from_millis(100));
+        let before: Vec<_> = threads.iter().map(|thread| time_of(thread)).collect();
+        thread::sleep(Duration::from_millis(300));
+        for (thread, before) in threads.iter().zip(before) {
+            let taken = time_of(thread) - before;
+            assert!(taken < Duration::from_millis(3), "{thread:?}: {taken:?}");
+        }
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn pinned_threads_stay_on_their_cpus() {
+        // A thread of its own: the caller is pinned too.
+        let pinned = thread::spawn(|| {
+            let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            let allowed = |status: &str| -> Vec<usize> {
+                let line = status
+                    .lines()
+                    .find(|line| line.starts_with("Cpus_allowed_list"));
+                let list = line.unwrap().split_whitespace().nth(1).unwrap();
+                list.parse::<CpuSet>().unwrap().cpus().to_vec()
+            };
+            let cpus = allowed(&status);
+            let pool = Pool::pinned(&cpus).unwrap();
+            assert_eq!(pool.threads(), cpus.len());
+            let mut found = ask(&pool, || {
+                allowed(&std::fs::read_to_string("/proc/thread-self/status").unwrap())
+            });
+            found.sort();
+            let each: Vec<_> = cpus.iter().map(|&cpu| vec![cpu]).collect();
+            assert_eq!(found, each);
+            assert!(Pool::pinned(&[cpus[0], (1 << 10) - 1]).is_err());
+        });
+        pinned.join().unwrap();
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// The modules in the order of the data's way. A module may use those of lower rank, and not
 /// its neighbours of the same rank.
-const LAYERS: [&[&str]; 10] = [
+const LAYERS: [&[&str]; 11] = [
     &["quant"],
     &["gguf"],
     &["tokenizer", "plan"],
@@ -15,7 +15,8 @@ const LAYERS: [&[&str]; 10] = [
     &["kernels"],
     &["model"],
     &["engine"],
-    &["sampler", "chat", "perplexity", "bench"],
+    &["sampler", "draft"],
+    &["generation", "chat", "perplexity", "bench"],
     &["cli"],
 ];
 

@@ -134,6 +134,8 @@ fn run_prints_the_text_alone_and_the_same_as_json() {
             "stop",
             "pp_tok_s",
             "tg_tok_s",
+            "drafted",
+            "accepted",
         ],
     );
     assert_eq!(
@@ -176,6 +178,7 @@ fn greedy_text_does_not_depend_on_threads_and_seeds_reproduce() {
     assert_eq!(one, draw(&["--temp", "0", "--threads", "2"]));
     let seeded = draw(&["--seed", "7"]);
     assert_eq!(seeded, draw(&["--seed", "7"]));
+    assert_eq!(seeded, draw(&["--seed", "7", "--draft", "8"]));
     assert_ne!(seeded, draw(&["--seed", "8"]));
 }
 
@@ -200,7 +203,7 @@ fn wrong_usage_exits_with_2() {
     let path = Some(&*model.path);
     let english = fixture::path("text/en.txt");
     let english = english.to_str().unwrap();
-    let cases: [(&str, &[&str]); 13] = [
+    let cases: [(&str, &[&str]); 15] = [
         ("run", &[]),
         ("run", &["--kernels", "abacus", "hi"]),
         ("run", &["-c", "0", "hi"]),
@@ -210,6 +213,8 @@ fn wrong_usage_exits_with_2() {
         ("run", &["--top-p", "1.5", "hi"]),
         ("run", &["--repeat-penalty", "0", "hi"]),
         ("run", &["--threads", "0", "hi"]),
+        ("run", &["--cpu-mask", "3-1", "hi"]),
+        ("run", &["--draft", "-1", "hi"]),
         ("chat", &["--template", "none"]),
         ("perplexity", &["-f", english, "-c", "3"]),
         ("perplexity", &["-f", english, "--chunks", "0"]),
@@ -241,6 +246,10 @@ fn failures_are_one_line_that_names_the_file() {
         let output = command(name, Some(&absent), arguments).output().unwrap();
         assert!(failure(&output).contains("absent.gguf"));
     }
+    let crowded = run(&model, &["--cpu-mask", "0", "--threads", "2", "hi"]);
+    assert!(failure(&crowded).contains("2 threads cannot each have one of 1 CPUs"));
+    let beyond = run(&model, &["--cpu-mask", "1023", "hi"]);
+    assert!(failure(&beyond).contains("--cpu-mask"));
     let mut command = command("perplexity", Some(&model.path), &["-f", "absent.txt"]);
     assert!(failure(&command.output().unwrap()).contains("absent.txt"));
 }

@@ -4,8 +4,10 @@
 use std::sync::Arc;
 
 use fewbit::engine::{Engine, Options, Session, Turn};
+use fewbit::generation::Generation;
 use fewbit::gguf::{Value, names};
 use fewbit::kernels::Kernels;
+use fewbit::sampler::{Sampler, Settings};
 use quant_tests::fixture::{self, LANGUAGES, ModelFile, Parts};
 
 /// Types whose rows take every kind of kernel: blocks of 32, blocks of 256, none.
@@ -313,4 +315,97 @@ fn all_tokens_on_one_expert_are_a_dense_model_to_the_bit() {
             );
         }
     }
+}
+
+/// What a session generates: its tokens, the logits after the last one, and how many drafts
+/// there were and came true.
+fn generated(
+    engine: &Arc<Engine>,
+    prompt: &[u32],
+    settings: &Settings,
+    drafts: usize,
+    limit: usize,
+) -> (Vec<u32>, Vec<f32>, usize, usize) {
+    let mut session = engine.session(prompt.len() + 80).unwrap();
+    session.feed(prompt).unwrap();
+    let mut sampler = Sampler::new(settings.clone());
+    let mut generation = Generation::new(&mut session, &mut sampler, limit).with_drafts(drafts);
+    let tokens: Vec<_> = generation.by_ref().map(Result::unwrap).collect();
+    let (drafted, accepted) = (generation.drafted(), generation.accepted());
+    drop(generation);
+    let all = [prompt, &tokens].concat();
+    assert!(all.starts_with(session.tokens()) && session.tokens().len() + 1 >= all.len());
+    if session.tokens().len() < all.len() {
+        session.step(all[all.len() - 1]).unwrap();
+    }
+    (tokens, session.logits().to_vec(), drafted, accepted)
+}
+
+#[test]
+fn drafts_change_neither_tokens_nor_logits() {
+    let (mut drafted, mut accepted) = (0, 0);
+    for mix in ["Q4_K_M", "Q8_0"] {
+        let file = fixture::tiny_mixtral(mix);
+        let engine = file.load(&Options::default());
+        let once = prompt(&engine, "fr", 30);
+        let repeated = [&once[..], &once, &once[..20]].concat();
+        for (temperature, seed) in [(0.0, 0), (0.3, 1), (0.8, 2), (0.8, 3), (1.5, 4)] {
+            let settings = Settings {
+                temperature,
+                seed,
+                repeat_penalty: if seed == 2 { 1.1 } else { 1.0 },
+                ..Settings::default()
+            };
+            for prompt in [&once, &repeated] {
+                let (tokens, logits, none, _) = generated(&engine, prompt, &settings, 0, 60);
+                assert!(!tokens.is_empty() && none == 0);
+                for drafts in [1, 2, 5, 16] {
+                    let found = generated(&engine, prompt, &settings, drafts, 60);
+                    let what = format!("{mix}, temperature {temperature}, {drafts} drafts");
+                    assert_eq!(found.0, tokens, "{what}");
+                    assert!(found.1 == logits, "{what}");
+                    drafted += found.2;
+                    accepted += found.3;
+                }
+            }
+        }
+    }
+    println!("{accepted} of {drafted} drafts accepted");
+    assert!(
+        accepted > 100 && drafted > accepted + 100,
+        "both kinds occur: {accepted} of {drafted}"
+    );
+}
+
+/// Drafts reach neither beyond the limit nor beyond the context, and nothing of them stays.
+#[test]
+fn drafts_end_with_the_limit_and_the_context() {
+    let file = fixture::tiny_mixtral("Q8_0");
+    let engine = file.load(&Options::default());
+    let prompt = prompt(&engine, "en", 10).repeat(3);
+    let greedy = Settings::greedy();
+    let (tokens, ..) = generated(&engine, &prompt, &greedy, 0, 40);
+    for limit in [1, 2, 3, 10, 37] {
+        let found = generated(&engine, &prompt, &greedy, 8, limit);
+        assert_eq!(found.0, tokens[..limit]);
+    }
+    for room in [1, 2, 5, 20] {
+        let mut session = engine.session(prompt.len() + room).unwrap();
+        session.feed(&prompt).unwrap();
+        let mut sampler = Sampler::new(greedy.clone());
+        let generation = Generation::new(&mut session, &mut sampler, 40).with_drafts(8);
+        let found: Vec<_> = generation.map_while(Result::ok).collect();
+        // The context ends with a token that is chosen and cannot be fed.
+        assert_eq!(found, tokens[..room + 1]);
+        assert_eq!(session.tokens().len(), prompt.len() + room);
+    }
+    // Broken off after some tokens.
+    let mut session = engine.session(200).unwrap();
+    session.feed(&prompt).unwrap();
+    let mut sampler = Sampler::new(greedy);
+    let generation = Generation::new(&mut session, &mut sampler, 40).with_drafts(8);
+    assert_eq!(generation.take(9).count(), 9);
+    let fed = session.tokens().len() - prompt.len();
+    assert!((8..=9).contains(&fed), "{fed}");
+    assert_eq!(session.tokens()[prompt.len()..], tokens[..fed]);
 }

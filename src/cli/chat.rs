@@ -15,8 +15,9 @@ use super::common::{
 use super::one_line;
 use crate::chat::{Message, Style, Template};
 use crate::engine::{self, Engine, Session};
+use crate::generation::Generation;
 use crate::plan::PROMPT_BATCH;
-use crate::sampler::{Generation, Sampler};
+use crate::sampler::Sampler;
 use crate::tokenizer::{TokenKind, Tokenizer};
 use input::Input;
 use interrupt::Interrupt;
@@ -121,6 +122,8 @@ struct Chat {
     /// How many messages a reset keeps.
     kept: usize,
     limit: usize,
+    /// Tokens guessed ahead at most.
+    drafts: usize,
     interrupt: Interrupt,
 }
 
@@ -140,6 +143,7 @@ impl Chat {
             kept: messages.len(),
             messages,
             limit: args.n.unwrap_or(usize::MAX),
+            drafts: args.sampling.drafts(),
             interrupt,
         })
     }
@@ -190,7 +194,9 @@ impl Chat {
         let mut answer = String::new();
         let mut written = 0;
         let start = Instant::now();
-        for token in Generation::new(&mut self.session, &mut self.sampler, self.limit.min(room)) {
+        let limit = self.limit.min(room);
+        let generation = Generation::new(&mut self.session, &mut self.sampler, limit);
+        for token in generation.with_drafts(self.drafts) {
             let piece = stream.push(token?);
             written += 1;
             let piece = without_lead(&piece, &mut lead);

@@ -17,6 +17,7 @@ use crate::kernels::Kernels;
 use crate::perplexity::{Chunks, Estimate};
 use crate::quant::BlockType;
 use crate::sampler::Settings;
+use crate::threads::CpuSet;
 use crate::tokenizer::Tokenizer;
 
 /// Options of every command that loads a model.
@@ -32,7 +33,7 @@ pub struct ModelArgs {
 /// How many threads work.
 #[derive(Args, Clone, Debug)]
 pub struct ThreadArgs {
-    /// Threads [default: one a core that the process may use]
+    /// Threads [default: one a fast core that the process may use]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
 }
@@ -49,6 +50,9 @@ impl ThreadArgs {
 pub struct EngineArgs {
     #[command(flatten)]
     threads: ThreadArgs,
+    /// CPUs to keep the threads on, one each: a list such as 0-3,8 or a mask such as 0xff (Linux)
+    #[arg(long, value_name = "CPUS")]
+    cpu_mask: Option<CpuSet>,
     /// Kernels, of those that the CPU can run [default: the widest]
     #[arg(long, value_name = "NAME", value_parser = kernel_names())]
     kernels: Option<String>,
@@ -129,9 +133,23 @@ pub struct SamplingArgs {
     /// Seed of the draws [default: from the clock]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     seed: Option<u64>,
+    /// Guess up to N tokens ahead where the text repeats itself, and check them in one pass: the same text, faster
+    /// where many come true and slower where few do; 0 for none
+    #[arg(
+        long,
+        value_name = "N",
+        allow_negative_numbers = true,
+        default_value_t = 0
+    )]
+    draft: usize,
 }
 
 impl SamplingArgs {
+    /// Tokens to guess ahead at most.
+    pub fn drafts(&self) -> usize {
+        self.draft
+    }
+
     /// The sampler's settings.
     pub fn settings(&self) -> Settings {
         let clock = || {
@@ -181,6 +199,7 @@ impl EngineArgs {
     fn load_with(&self, path: &Path, activations: ActivationMode) -> anyhow::Result<Arc<Engine>> {
         let options = Options {
             threads: self.threads.count(),
+            cpus: self.cpu_mask.clone(),
             kernels: self.kernels.clone(),
             activations,
         };

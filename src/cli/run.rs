@@ -9,7 +9,8 @@ use serde_json::json;
 use super::common::{
     ModelArgs, STDOUT, SamplingArgs, Usage, at_least, context_of, note, print_json, speed, utf8,
 };
-use crate::sampler::{Generation, Sampler};
+use crate::generation::Generation;
+use crate::sampler::Sampler;
 
 /// Options of `fewbit run`.
 #[derive(clap::Args)]
@@ -84,7 +85,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let mut text = String::new();
     let mut tokens = 0;
     let start = Instant::now();
-    for token in Generation::new(&mut session, &mut sampler, limit.min(room)) {
+    let mut generation = Generation::new(&mut session, &mut sampler, limit.min(room))
+        .with_drafts(args.sampling.drafts());
+    for token in &mut generation {
         let piece = stream.push(token?);
         tokens += 1;
         if args.json {
@@ -95,6 +98,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 .context(STDOUT)?;
         }
     }
+    let (drafted, accepted) = (generation.drafted(), generation.accepted());
+    drop(generation);
     // The first token comes from the prompt's logits, and the last one may not have been fed.
     let fed = session.tokens().len() - prompt.len();
     let tg_tok_s = speed(fed, start.elapsed());
@@ -116,6 +121,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "stop": stop.name(),
             "pp_tok_s": pp_tok_s,
             "tg_tok_s": tg_tok_s,
+            "drafted": drafted,
+            "accepted": accepted,
         }));
     }
     writeln!(out, "{tail}").context(STDOUT)?;
@@ -127,8 +134,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         )),
     }
     let figure = |speed: Option<f64>| speed.map_or("-".to_owned(), |speed| format!("{speed:.1}"));
+    let drafts = match drafted {
+        0 => String::new(),
+        drafted => format!(", {accepted} of {drafted} drafts accepted"),
+    };
     note(format_args!(
-        "prompt {} tokens, {} tok/s; generated {tokens} tokens, {} tok/s ({} kernels, {} threads)",
+        "prompt {} tokens, {} tok/s; generated {tokens} tokens, {} tok/s{drafts} ({} kernels, {} threads)",
         prompt.len(),
         figure(pp_tok_s),
         figure(tg_tok_s),
