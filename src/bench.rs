@@ -15,6 +15,9 @@
 //! - `share_of_limit`: `gb_s` over the read bandwidth (tg), `gop_s` over the int8 peak (pp),
 //!   both measured in the same run, before and after; the better one counts
 
+#[cfg(feature = "ggml")]
+pub mod ggml;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -60,39 +63,55 @@ impl Test {
     /// # Errors
     /// As [`Session::feed`].
     pub fn run(self, session: &mut Session, seed: u64) -> Result<Duration, Error> {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let vocab = session.engine().shape().vocab as u32;
-        let mut random =
-            |count: usize| -> Vec<u32> { (0..count).map(|_| rng.random_range(0..vocab)).collect() };
+        let input = self.input(session.engine().shape().vocab, seed);
         session.rewind(0);
+        if !input.before.is_empty() {
+            session.feed(&input.before)?;
+        }
+        let start = Instant::now();
+        for part in &input.timed {
+            match self {
+                Self::Prompt(_) => session.feed(part)?,
+                Self::Generate { .. } => session.step(part[0])?,
+            };
+        }
+        Ok(start.elapsed())
+    }
+
+    /// The tokens of a run, uniformly random: the same for every engine.
+    fn input(self, vocab: usize, seed: u64) -> Input {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut random = |count: usize| {
+            (0..count)
+                .map(|_| rng.random_range(0..vocab as u32))
+                .collect()
+        };
         match self {
-            Self::Prompt(tokens) => {
-                let prompt = random(tokens);
-                let start = Instant::now();
-                session.feed(&prompt)?;
-                Ok(start.elapsed())
-            }
-            Self::Generate { tokens, depth } => {
-                if depth > 0 {
-                    session.feed(&random(depth))?;
-                }
-                let tokens = random(tokens);
-                let start = Instant::now();
-                for token in tokens {
-                    session.step(token)?;
-                }
-                Ok(start.elapsed())
-            }
+            Self::Prompt(tokens) => Input {
+                before: Vec::new(),
+                timed: vec![random(tokens)],
+            },
+            Self::Generate { tokens, depth } => Input {
+                before: random(depth),
+                timed: (0..tokens).map(|_| random(1)).collect(),
+            },
         }
     }
 
     /// Context that the test needs.
-    fn context(self) -> usize {
+    pub fn context(self) -> usize {
         match self {
             Self::Prompt(tokens) => tokens,
             Self::Generate { tokens, depth } => tokens.saturating_add(depth),
         }
     }
+}
+
+/// What an engine is fed in a run.
+struct Input {
+    before: Vec<u32>,
+    /// What is timed, a pass each.
+    timed: Vec<Vec<u32>>,
 }
 
 /// The times of a test's repetitions.
@@ -109,11 +128,36 @@ impl Times {
     /// As [`Session::feed`].
     pub fn measure(engine: &Arc<Engine>, test: Test, repetitions: usize) -> Result<Self, Error> {
         let mut session = engine.session(test.context())?;
-        test.run(&mut session, 0)?;
-        let runs = (1..=repetitions.max(1)).map(|seed| test.run(&mut session, seed as u64));
-        let mut sorted = runs.collect::<Result<Vec<_>, _>>()?;
-        sorted.sort();
-        Ok(Self { test, sorted })
+        let mut run = |seed| test.run(&mut session, seed);
+        let times = Self::alternate(test, repetitions, &mut [&mut run])?;
+        Ok(times.into_iter().next().expect("one engine, one result"))
+    }
+
+    /// Runs `test` in every engine in turn, once to warm up and then `repetitions` times:
+    /// A B A B…, so that a machine that is slower for a while is so for all of them. An engine
+    /// is a function of the seed that runs the test and returns the time it took.
+    ///
+    /// # Errors
+    /// The first of an engine.
+    pub fn alternate<E>(
+        test: Test,
+        repetitions: usize,
+        engines: &mut [&mut dyn FnMut(u64) -> Result<Duration, E>],
+    ) -> Result<Vec<Self>, E> {
+        let mut sorted = vec![Vec::new(); engines.len()];
+        for seed in 0..=repetitions.max(1) as u64 {
+            for (engine, times) in engines.iter_mut().zip(&mut sorted) {
+                let time = engine(seed)?;
+                if seed > 0 {
+                    times.push(time);
+                }
+            }
+        }
+        let times = sorted.into_iter().map(|mut sorted| {
+            sorted.sort();
+            Self { test, sorted }
+        });
+        Ok(times.collect())
     }
 
     /// Tokens a second at the median time.

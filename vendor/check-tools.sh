@@ -12,7 +12,7 @@ if [ -z "$LIBCLANG_PATH" ] && ! command -v llvm-config >/dev/null; then
     [ -n "$found" ] || missing="$missing libclang-dev"
 fi
 if [ -n "$missing" ]; then
-    echo "The conformance suite builds ggml and needs (Debian packages):$missing" >&2
+    echo "Building ggml needs (Debian packages):$missing" >&2
     echo "  apt-get install$missing" >&2
     exit 1
 fi

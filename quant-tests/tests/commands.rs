@@ -482,7 +482,7 @@ fn a_base_of_another_vocabulary_is_refused_by_the_first_token_that_differs() {
 #[test]
 fn bench_prints_what_scripts_rely_on() {
     let model = model();
-    let options = ["-p", "8", "-n", "2", "-r", "1", "--json"];
+    let options = ["-p", "8,33", "-n", "2", "-d", "5", "-r", "1", "--json"];
     let json = json(
         &command("bench", Some(&model.path), &options)
             .output()
@@ -498,12 +498,13 @@ fn bench_prints_what_scripts_rely_on() {
             "limits",
             "results",
             "peak_rss_bytes",
+            "own_rss_bytes",
         ],
     );
     assert_keys(&json["limits"], &["read_gb_s", "int8_gop_s"]);
     let results = json["results"].as_array().unwrap();
     let tests: Vec<_> = results.iter().map(|result| &result["test"]).collect();
-    assert_eq!(tests, ["pp8", "tg2"]);
+    assert_eq!(tests, ["pp8", "pp33", "tg2@d5"]);
     let keys = [
         "test",
         "tok_s",
@@ -514,6 +515,18 @@ fn bench_prints_what_scripts_rely_on() {
         "share_of_limit",
     ];
     assert_keys(&results[0], &keys);
+}
+
+/// Where ggml is built in, `conformance_llama` runs it.
+#[cfg(not(feature = "ggml"))]
+#[test]
+fn bench_against_ggml_says_how_to_build_it() {
+    let model = model();
+    let mut command = command("bench", Some(&model.path), &["--against", "ggml"]);
+    let output = command.output().unwrap();
+    assert!(output.stdout.is_empty());
+    let line = failure(&output);
+    assert!(line.contains("--features ggml"), "{line}");
 }
 
 #[test]

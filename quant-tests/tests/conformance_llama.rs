@@ -9,9 +9,13 @@
 //! 8 bits with one scale for 256, to meet K-quants (fewbit: one for 32).
 #![cfg(feature = "ggml")]
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use fewbit::bench::ggml::Rival;
+use fewbit::bench::{Test, Times};
 use fewbit::engine::{ActivationMode, Engine, Options};
 use fewbit::gguf;
 use fewbit::perplexity::{Chunks, Estimate, Scored, Tally, score};
@@ -61,7 +65,8 @@ fn ours<'a>(path: &Path, activations: ActivationMode, texts: &'a [Chunks]) -> Ve
 /// llama.cpp's logits on every chunk.
 fn theirs<'a>(path: &Path, texts: &'a [Chunks]) -> Vec<Scored<'a>> {
     let model = llama::Model::load(path).expect("llama.cpp loads the file");
-    let mut context = model.context(texts[0].context(), threads());
+    let settings = llama::Settings::exact(texts[0].context(), threads());
+    let mut context = model.context(settings).expect("llama.cpp makes a context");
     let chunks = texts
         .iter()
         .flat_map(|text| (0..text.len()).map(move |i| (text, i)));
@@ -296,5 +301,40 @@ fn smollm2_agrees_with_llama_cpp() {
     for mix in ["Q8_0", "Q4_K_M"] {
         let file = fixture::converted(&source, mix);
         assert_as_near(&format!("SmolLM2 {mix}"), &file.path, &reference, &texts);
+    }
+}
+
+/// `fewbit bench --against ggml`: both ways of the rival run what ours runs, and its threads are
+/// there again after they slept.
+#[test]
+fn the_rival_runs_every_test_in_turns_with_us() {
+    let _alone = alone();
+    let file = fixture::tiny_mixtral("Q4_0");
+    let engine = load(&file.path, ActivationMode::Int8);
+    let rival = Rival::load(&file.path).unwrap();
+    let generate = |depth| Test::Generate { tokens: 3, depth };
+    for test in [Test::Prompt(40), generate(0), generate(33)] {
+        let mut session = engine.session(test.context()).unwrap();
+        let [mut in_place, mut repacked] = rival.runners(test.context(), threads()).unwrap();
+        let order = RefCell::new(Vec::new());
+        let in_turn = |name, time: anyhow::Result<Duration>| {
+            order.borrow_mut().push(name);
+            time
+        };
+        let times = Times::alternate(
+            test,
+            2,
+            &mut [
+                &mut |seed| in_turn("ours", Ok(test.run(&mut session, seed)?)),
+                &mut |seed| in_turn("in place", Ok(in_place.run(test, seed)?)),
+                &mut |seed| in_turn("repacked", Ok(repacked.run(test, seed)?)),
+            ],
+        )
+        .unwrap();
+        assert_eq!(
+            order.into_inner(),
+            ["ours", "in place", "repacked"].repeat(3)
+        );
+        assert!(times.iter().all(|times| times.tok_s().is_finite()));
     }
 }

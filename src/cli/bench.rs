@@ -1,11 +1,17 @@
-//! `fewbit bench`: prompt and decode speed, with the machine's limits beside them.
+//! `fewbit bench`: prompt and decode speed, with the machine's limits beside them, and those of
+//! another engine on the same file.
 
 use std::io::Write;
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::json;
 
-use super::common::{ModelArgs, file_type, peak_rss_bytes, print_json, reset_peak_rss};
+use super::common::{
+    ModelArgs, file_type, own_rss_bytes, peak_rss_bytes, print_json, reset_peak_rss,
+};
 use crate::bench::{Test, Times};
+use crate::engine::Engine;
 use crate::kernels::limits::Limits;
 use crate::plan::{Group, Sizes};
 
@@ -14,21 +20,31 @@ use crate::plan::{Group, Sizes};
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// Tokens of the prompt test; 0 for none
-    #[arg(short = 'p', long, value_name = "N", default_value_t = 512, value_parser = tokens)]
-    prompt: usize,
-    /// Tokens of the decode test; 0 for none
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 64, value_parser = tokens)]
-    generate: usize,
-    /// Tokens in the context before the decode test
+    /// Tokens of the prompt tests, separated by commas; 0 for none
+    #[arg(short = 'p', long, value_name = "N", value_delimiter = ',', default_value = "512", value_parser = tokens)]
+    prompt: Vec<usize>,
+    /// Tokens of the decode tests, separated by commas; 0 for none
+    #[arg(short = 'n', long, value_name = "N", value_delimiter = ',', default_value = "64", value_parser = tokens)]
+    generate: Vec<usize>,
+    /// Tokens in the context before a decode test
     #[arg(short, long, value_name = "N", default_value_t = 0, value_parser = tokens)]
     depth: usize,
     /// Repetitions; the median counts
     #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
     repetitions: u16,
+    /// Run another engine on the same file, in turns with this one
+    #[arg(long, value_name = "ENGINE", value_enum)]
+    against: Option<Against>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+}
+
+/// Engines to run against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Against {
+    /// llama.cpp, in programs built with the feature `ggml`
+    Ggml,
 }
 
 /// A number of tokens that a test may have.
@@ -40,36 +56,52 @@ fn tokens(text: &str) -> Result<usize, String> {
         .ok_or_else(|| format!("at most {MAX} tokens"))
 }
 
+impl Args {
+    fn tests(&self) -> Vec<Test> {
+        let prompts = self.prompt.iter().map(|&tokens| Test::Prompt(tokens));
+        let generate = self.generate.iter().map(|&tokens| Test::Generate {
+            tokens,
+            depth: self.depth,
+        });
+        let tests = prompts.chain(generate);
+        tests.filter(|test| test.tokens() > 0).collect()
+    }
+}
+
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let rival = match args.against {
+        None => None,
+        Some(Against::Ggml) => Some(Rival::load(&args)?),
+    };
     let engine = args.model.load()?;
     let shape = engine.shape();
     let sizes = Sizes::of(shape.experts, shape.experts_used, &engine.gguf().tensors);
-    let tests = [
-        Test::Prompt(args.prompt),
-        Test::Generate {
-            tokens: args.generate,
-            depth: args.depth,
-        },
-    ];
     let before = Limits::measure(engine.pool());
     // The measurement's own buffer is not the model's.
     reset_peak_rss();
-    let times = tests
-        .into_iter()
-        .filter(|test| test.tokens() > 0)
-        .map(|test| Times::measure(&engine, test, usize::from(args.repetitions)))
-        .collect::<Result<Vec<_>, _>>()?;
-    let peak_rss = peak_rss_bytes();
+    let (mut runs, mut own_rss) = (Vec::new(), None);
+    for test in args.tests() {
+        runs.push(measure(
+            &engine,
+            rival.as_ref(),
+            test,
+            args.repetitions,
+            &mut own_rss,
+        )?);
+    }
+    // What the rival takes cannot be told apart from ours.
+    let peak_rss = peak_rss_bytes().filter(|_| rival.is_none());
+    let own_rss = own_rss.filter(|_| rival.is_none());
     let limits = before.best(Limits::measure(engine.pool()));
 
-    let rows: Vec<Row> = times
+    let rows: Vec<Row> = runs
         .iter()
-        .map(|times| Row::new(times, &sizes, limits))
+        .map(|run| Row::new(run, &sizes, limits))
         .collect();
     if args.json {
         let results: Vec<_> = rows.iter().map(Row::to_json).collect();
-        return print_json(&json!({
+        let mut object = json!({
             "model": args.model.model,
             "type": file_type(engine.gguf()),
             "threads": engine.pool().threads(),
@@ -77,7 +109,17 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "limits": {"read_gb_s": limits.read_gb_s, "int8_gop_s": limits.int8_gop_s},
             "results": results,
             "peak_rss_bytes": peak_rss,
-        }));
+            "own_rss_bytes": own_rss,
+        });
+        if let Some(rival) = &rival {
+            let results: Vec<_> = rows.iter().filter_map(Row::against_json).collect();
+            object["against"] = json!({
+                "engine": "ggml",
+                "build": rival.build(),
+                "results": results,
+            });
+        }
+        return print_json(&object);
     }
     let mut out = std::io::stdout().lock();
     writeln!(
@@ -89,31 +131,132 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         engine.kernels(),
         engine.pool().threads()
     )?;
-    writeln!(
+    if let Some(rival) = &rival {
+        writeln!(out, "against llama.cpp, built for {}", rival.build())?;
+    }
+    write!(
         out,
-        "{:<10} {:>10} {:>19} {:>9} {:>9} {:>16}",
+        "{:<12} {:>10} {:>19} {:>9} {:>9} {:>16}",
         "test", "tok/s", "range", "GB/s", "GOP/s", "share of limit"
     )?;
-    for row in &rows {
-        let figure =
-            |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}"));
-        writeln!(
+    if rival.is_some() {
+        write!(
             out,
-            "{:<10} {:>10.2} {:>19} {:>9} {:>9} {:>15.1}%",
-            row.test,
-            row.tok_s,
-            format!("{:.2} – {:.2}", row.range.0, row.range.1),
-            figure(row.gb_s),
-            figure(row.gop_s),
-            100.0 * row.share
+            " {:>11} {:>19} {:>9} {:>7}",
+            "llama.cpp", "range", "rows", "ratio"
         )?;
+    }
+    writeln!(out)?;
+    for row in &rows {
+        row.print(&mut out)?;
     }
     writeln!(
         out,
         "limits of the machine: {:.1} GB/s read, {:.0} GOP/s int8",
         limits.read_gb_s, limits.int8_gop_s
     )?;
+    if let Some(own) = own_rss {
+        writeln!(
+            out,
+            "memory beside the mapped file: {:.0} MB",
+            own as f64 / 1e6
+        )?;
+    }
     Ok(())
+}
+
+/// The times of a test, here and in the rival.
+struct Run {
+    ours: Times,
+    /// With rows in place, and repacked.
+    theirs: Option<[Times; 2]>,
+}
+
+/// Runs `test` here and, in turns, in the rival. `own_rss` becomes the largest that was seen.
+fn measure(
+    engine: &Arc<Engine>,
+    rival: Option<&Rival>,
+    test: Test,
+    repetitions: u16,
+    own_rss: &mut Option<u64>,
+) -> anyhow::Result<Run> {
+    let mut session = engine.session(test.context())?;
+    let mut ours = |seed| {
+        let time = test.run(&mut session, seed)?;
+        *own_rss = own_rss_bytes().max(*own_rss);
+        Ok(time)
+    };
+    let mut runners = rival
+        .map(|rival| rival.runners(test, engine.pool().threads()))
+        .transpose()?;
+    let mut engines: Vec<&mut dyn FnMut(u64) -> anyhow::Result<Duration>> = vec![&mut ours];
+    if let Some(runners) = &mut runners {
+        engines.extend(
+            runners
+                .iter_mut()
+                .map(|run| run as &mut dyn FnMut(u64) -> anyhow::Result<Duration>),
+        );
+    }
+    let mut times = Times::alternate(test, usize::from(repetitions), &mut engines)?.into_iter();
+    let ours = times.next().expect("the first engine's");
+    Ok(Run {
+        ours,
+        theirs: times.next().zip(times.next()).map(|(a, b)| [a, b]),
+    })
+}
+
+/// A rival's two ways to run a test: rows in place, rows repacked.
+type Runners<'a> = [Box<dyn FnMut(u64) -> anyhow::Result<Duration> + 'a>; 2];
+
+#[cfg(feature = "ggml")]
+struct Rival(crate::bench::ggml::Rival);
+
+#[cfg(feature = "ggml")]
+impl Rival {
+    fn load(args: &Args) -> anyhow::Result<Self> {
+        use crate::bench::ggml;
+        let rival = ggml::Rival::load(&args.model.model)?;
+        if ggml::lacks_avx512() {
+            super::common::note(
+                "warning: llama.cpp was built without the AVX-512 that this CPU has, so the race is unfair; \
+                 build with RUSTFLAGS=-Ctarget-cpu=native (`make bench-against` does)",
+            );
+        }
+        Ok(Self(rival))
+    }
+
+    fn build(&self) -> String {
+        crate::bench::ggml::system_info()
+    }
+
+    fn runners(&self, test: Test, threads: usize) -> anyhow::Result<Runners<'_>> {
+        let runners = self.0.runners(test.context(), threads)?;
+        Ok(runners.map(|mut runner| -> Box<dyn FnMut(u64) -> _> {
+            Box::new(move |seed| Ok(runner.run(test, seed)?))
+        }))
+    }
+}
+
+/// None can be had in this build.
+#[cfg(not(feature = "ggml"))]
+enum Rival {}
+
+#[cfg(not(feature = "ggml"))]
+impl Rival {
+    fn load(_: &Args) -> anyhow::Result<Self> {
+        anyhow::bail!(
+            "this fewbit was built without llama.cpp; build it with \
+             RUSTFLAGS=-Ctarget-cpu=native cargo build --release --features ggml (`make bench-against` does)"
+        )
+    }
+
+    fn build(&self) -> String {
+        match *self {}
+    }
+
+    fn runners(&self, _: Test, _: usize) -> anyhow::Result<Runners<'_>> {
+        match *self {}
+    }
 }
 
 /// A line of the table.
@@ -124,39 +267,90 @@ struct Row {
     gb_s: Option<f64>,
     gop_s: Option<f64>,
     share: f64,
+    against: Option<Beside>,
+}
+
+/// What the rival reaches.
+struct Beside {
+    /// Whether it was faster with rows repacked.
+    repacked: bool,
+    tok_s: f64,
+    range: (f64, f64),
+    /// Tokens a second in the way that was slower.
+    other: f64,
 }
 
 impl Row {
-    fn new(times: &Times, sizes: &Sizes, limits: Limits) -> Self {
+    fn new(run: &Run, sizes: &Sizes, limits: Limits) -> Self {
+        let times = &run.ours;
         let (tok_s, range, test) = (times.tok_s(), times.tok_s_range(), times.test.to_string());
-        match times.test {
+        let (gb_s, gop_s, share) = match times.test {
             Test::Prompt(tokens) => {
                 let params = |group| sizes.group(group).params as f64;
                 let head = head_params(sizes) as f64;
                 let body =
                     sizes.params_active() as f64 - params(Group::Embedding) - params(Group::Output);
                 let gop_s = 2.0 * (body + head / tokens as f64) * tok_s / 1e9;
-                Self {
-                    test,
-                    tok_s,
-                    range,
-                    gb_s: None,
-                    gop_s: Some(gop_s),
-                    share: gop_s / limits.int8_gop_s,
-                }
+                (None, Some(gop_s), gop_s / limits.int8_gop_s)
             }
             Test::Generate { .. } => {
                 let gb_s = sizes.active_bytes_per_token() as f64 * tok_s / 1e9;
-                Self {
-                    test,
-                    tok_s,
-                    range,
-                    gb_s: Some(gb_s),
-                    gop_s: None,
-                    share: gb_s / limits.read_gb_s,
-                }
+                (Some(gb_s), None, gb_s / limits.read_gb_s)
             }
+        };
+        let against = run.theirs.as_ref().map(|theirs| {
+            let repacked = theirs[1].tok_s() > theirs[0].tok_s();
+            let (best, other) = (
+                &theirs[usize::from(repacked)],
+                &theirs[usize::from(!repacked)],
+            );
+            Beside {
+                repacked,
+                tok_s: best.tok_s(),
+                range: best.tok_s_range(),
+                other: other.tok_s(),
+            }
+        });
+        Self {
+            test,
+            tok_s,
+            range,
+            gb_s,
+            gop_s,
+            share,
+            against,
         }
+    }
+
+    fn print(&self, out: &mut impl Write) -> std::io::Result<()> {
+        let figure =
+            |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}"));
+        let range = |(min, max): (f64, f64)| format!("{min:.2} – {max:.2}");
+        write!(
+            out,
+            "{:<12} {:>10.2} {:>19} {:>9} {:>9} {:>15.1}%",
+            self.test,
+            self.tok_s,
+            range(self.range),
+            figure(self.gb_s),
+            figure(self.gop_s),
+            100.0 * self.share
+        )?;
+        if let Some(against) = &self.against {
+            write!(
+                out,
+                " {:>11.2} {:>19} {:>9} {:>7.2}",
+                against.tok_s,
+                range(against.range),
+                if against.repacked {
+                    "repacked"
+                } else {
+                    "in place"
+                },
+                self.tok_s / against.tok_s
+            )?;
+        }
+        writeln!(out)
     }
 
     fn to_json(&self) -> serde_json::Value {
@@ -169,6 +363,19 @@ impl Row {
             "gop_s": self.gop_s,
             "share_of_limit": self.share,
         })
+    }
+
+    fn against_json(&self) -> Option<serde_json::Value> {
+        let against = self.against.as_ref()?;
+        Some(json!({
+            "test": self.test,
+            "ratio": self.tok_s / against.tok_s,
+            "tok_s": against.tok_s,
+            "tok_s_min": against.range.0,
+            "tok_s_max": against.range.1,
+            "repacked": against.repacked,
+            "other_tok_s": against.other,
+        }))
     }
 }
 

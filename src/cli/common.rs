@@ -408,10 +408,18 @@ pub fn plus_minus(estimate: Estimate, digits: usize) -> String {
 
 /// The process's peak resident memory, mapped pages included; `None` where the system does not say.
 pub fn peak_rss_bytes() -> Option<u64> {
+    status_bytes("VmHWM:")
+}
+
+/// Resident memory of the process's own: scratch, keys and values, not the mapped file.
+pub fn own_rss_bytes() -> Option<u64> {
+    status_bytes("RssAnon:")
+}
+
+/// A size that Linux says of this process.
+fn status_bytes(key: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
     line.trim()
         .strip_suffix("kB")?
         .trim()

@@ -1,5 +1,5 @@
 //! Bindings to ggml and llama.cpp: the oracle of fewbit's conformance tests and the rival in its
-//! benches. Never used to run a model.
+//! benches. Never used to run a model for anybody else.
 //!
 //! The sources come with the package llama-cpp-sys-2, which compiles them (cmake, libclang and
 //! a C++ compiler are needed; `check-tools.sh` says what is missing). [`sys`] holds the raw
@@ -140,6 +140,17 @@ pub fn contracts_multiply_add() -> bool {
     let block = quantize_row(sys::GGML_TYPE_Q4_0, &row, None);
     let last_level = block[17] >> 4;
     last_level == 0
+}
+
+/// The CPU features that ggml was compiled for (`llama_print_system_info`).
+pub fn system_info() -> String {
+    static CALLING: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _guard = CALLING
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    // SAFETY: a C string that lives until the next call, which waits for the lock.
+    let info = unsafe { std::ffi::CStr::from_ptr(sys::llama_print_system_info()) };
+    info.to_string_lossy().trim_end_matches([' ', '|']).into()
 }
 
 /// From now on llama.cpp and ggml print errors only.
