@@ -482,7 +482,18 @@ fn a_base_of_another_vocabulary_is_refused_by_the_first_token_that_differs() {
 #[test]
 fn bench_prints_what_scripts_rely_on() {
     let model = model();
-    let options = ["-p", "8,33", "-n", "2", "-d", "5", "-r", "1", "--json"];
+    let options = [
+        "-p",
+        "8,33",
+        "-n",
+        "2",
+        "-d",
+        "5",
+        "-r",
+        "1",
+        "--first-token",
+        "--json",
+    ];
     let json = json(
         &command("bench", Some(&model.path), &options)
             .output()
@@ -499,6 +510,7 @@ fn bench_prints_what_scripts_rely_on() {
             "results",
             "peak_rss_bytes",
             "own_rss_bytes",
+            "first_token",
         ],
     );
     assert_keys(&json["limits"], &["read_gb_s", "int8_gop_s"]);

@@ -1,11 +1,15 @@
 //! `fewbit bench`: prompt and decode speed, with the machine's limits beside them, and those of
 //! another engine on the same file.
 
+mod first_token;
+
 use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
+
+use first_token::FirstToken;
 
 use super::common::{
     ModelArgs, file_type, own_rss_bytes, peak_rss_bytes, print_json, reset_peak_rss,
@@ -35,6 +39,9 @@ pub struct Args {
     /// Run another engine on the same file, in turns with this one
     #[arg(long, value_name = "ENGINE", value_enum)]
     against: Option<Against>,
+    /// Time from nothing to the first token, step by step, with the file in memory
+    #[arg(long)]
+    first_token: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -74,6 +81,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         None => None,
         Some(Against::Ggml) => Some(Rival::load(&args)?),
     };
+    let first_token = match args.first_token {
+        true => Some(FirstToken::measure(
+            &args.model,
+            usize::from(args.repetitions),
+        )?),
+        false => None,
+    };
     let engine = args.model.load()?;
     let shape = engine.shape();
     let sizes = Sizes::of(shape.experts, shape.experts_used, &engine.gguf().tensors);
@@ -111,6 +125,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "peak_rss_bytes": peak_rss,
             "own_rss_bytes": own_rss,
         });
+        if let Some(first_token) = first_token {
+            object["first_token"] = first_token.to_json();
+        }
         if let Some(rival) = &rival {
             let results: Vec<_> = rows.iter().filter_map(Row::against_json).collect();
             object["against"] = json!({
@@ -161,6 +178,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "memory beside the mapped file: {:.0} MB",
             own as f64 / 1e6
         )?;
+    }
+    if let Some(first_token) = first_token {
+        writeln!(out, "{first_token}")?;
     }
     Ok(())
 }
