@@ -14,6 +14,9 @@
 //!   two; scores and softmax are not counted
 //! - `share_of_limit`: `gb_s` over the read bandwidth (tg), `gop_s` over the int8 peak (pp),
 //!   both measured in the same run, before and after; the better one counts
+//! - `peak_rss_bytes`: peak resident memory, the pages of the mapped file included
+//! - `own_rss_bytes`: the largest resident memory that no file backs (`RssAnon`), looked at after
+//!   every run, while the context is there: scratch, keys and values, metadata, tokenizer
 
 #[cfg(feature = "ggml")]
 pub mod ggml;
