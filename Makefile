@@ -10,7 +10,7 @@ RUNGS   := Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0
 FEWBIT  := target/release/fewbit
 CONVERT := target/release/fewbit-convert
 
-.PHONY: demo test check build bench ladder bed chat conformance clean bench-against bench-kernels
+.PHONY: demo test check build bench ladder bed chat conformance clean bench-against bench-kernels test-arm
 
 ## Converts the small trained Mixtral in the repository, prints its ladder of perplexities in
 ## five languages, and lets it write.
@@ -20,6 +20,10 @@ demo: ladder
 ## Everything that runs without other software: unit tests, kernels against scalar, golden files.
 test:
 	$(CARGO) test
+
+## The kernels and the forward pass on aarch64, cross-built and emulated; needs gcc for aarch64 and qemu-user.
+test-arm:
+	quant-tests/arm/run.sh
 
 ## What must be clean before every commit.
 check:

@@ -176,6 +176,10 @@ fn tables_have_the_names_they_are_chosen_by() {
         assert_eq!(Kernels::named(table.name).unwrap().name, table.name);
     }
     assert!(Kernels::named("abacus").is_none());
+    // What an emulated processor must not fail to offer.
+    if let Ok(widest) = std::env::var("FEWBIT_TEST_WIDEST") {
+        assert_eq!(Kernels::best().name, widest);
+    }
 }
 
 #[test]

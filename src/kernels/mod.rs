@@ -25,6 +25,8 @@ mod avx512_tiles;
 pub mod experts;
 pub mod limits;
 pub mod linear;
+#[cfg(target_arch = "aarch64")]
+pub mod neon;
 pub mod scalar;
 pub mod tiles;
 pub mod unpack;
@@ -58,7 +60,8 @@ pub enum Phase {
 /// The functions of one instruction set.
 #[derive(Clone, Copy)]
 pub struct Kernels {
-    /// What `--kernels` calls it: `scalar`, `avx2`, `avxvnni`, `avx512`, `neon`.
+    /// What `--kernels` calls it: `scalar`, `avx2`, `avxvnni`, `avx512`, `neon`, `neon-dotprod`,
+    /// `neon-i8mm`.
     pub name: &'static str,
     /// The dot product for each type.
     pub dot: fn(BlockType) -> DotRows,
@@ -79,7 +82,7 @@ pub struct Kernels {
 impl Kernels {
     /// All tables that this CPU can run, the widest last; the first is [`scalar::KERNELS`].
     pub fn available() -> Vec<&'static Kernels> {
-        #[allow(unused_mut)] // other architectures have no table of their own yet
+        #[allow(unused_mut)] // some architectures have no table of their own
         let mut tables = vec![&scalar::KERNELS];
         #[cfg(target_arch = "x86_64")]
         tables.extend(
@@ -87,6 +90,8 @@ impl Kernels {
                 .into_iter()
                 .flatten(),
         );
+        #[cfg(target_arch = "aarch64")]
+        tables.extend(neon::kernels());
         tables
     }
 
