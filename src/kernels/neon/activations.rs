@@ -24,28 +24,25 @@ pub(super) fn quantize(x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [
 #[target_feature(enable = "neon")]
 fn quantize_32(x: &[f32; 32], q: &mut [i8; 32], sums: &mut [i16; 2]) -> f32 {
     let fours = x.as_chunks().0;
-    let x = [0, 1, 2, 3, 4, 5, 6, 7].map(|k| load_f32(&fours[k]));
-    // Without their signs, floats are ordered as their bits are, with NaN at the top.
-    let magnitudes = x.map(|x| vreinterpretq_u32_f32(vabsq_f32(x)));
-    let max = magnitudes
-        .into_iter()
-        .fold(vdupq_n_u32(0), |max, m| vmaxq_u32(max, m));
+    let mut x = [vdupq_n_f32(0.0); 8];
+    let mut max = vdupq_n_u32(0);
+    for k in 0..8 {
+        x[k] = load_f32(&fours[k]);
+        // Without their signs, floats are ordered as their bits are, with NaN at the top.
+        max = vmaxq_u32(max, vreinterpretq_u32_f32(vabsq_f32(x[k])));
+    }
     let max = f32::from_bits(vmaxvq_u32(max));
 
     // Rounds halves to even; a NaN becomes 0.
     let inverse = inverse_scale(max);
-    let [a, b, c, d, e, f, g, h] = x.map(|x| vcvtnq_s32_f32(vmulq_n_f32(x, inverse)));
-    let narrow = |a, b| vqmovn_high_s32(vqmovn_s32(a), b);
-    let narrower = |a, b| vqmovn_high_s16(vqmovn_s16(a), b);
-    let codes = [
-        narrower(narrow(a, b), narrow(c, d)),
-        narrower(narrow(e, f), narrow(g, h)),
-    ];
-    for (k, codes) in codes.into_iter().enumerate() {
-        let q: &mut [i8; 16] = &mut q.as_chunks_mut().0[k];
+    let round = |k: usize| vcvtnq_s32_f32(vmulq_n_f32(x[k], inverse));
+    let narrow = |k: usize| vqmovn_high_s32(vqmovn_s32(round(k)), round(k + 1));
+    for half in 0..2 {
+        let codes = vqmovn_high_s16(vqmovn_s16(narrow(4 * half)), narrow(4 * half + 2));
+        let q: &mut [i8; 16] = &mut q.as_chunks_mut().0[half];
         // SAFETY: the array is as long as the register, and the store takes any alignment.
         unsafe { vst1q_s8(q.as_mut_ptr(), codes) };
-        sums[k] = vaddlvq_s8(codes);
+        sums[half] = vaddlvq_s8(codes);
     }
     max / 127.0
 }

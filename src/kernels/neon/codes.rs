@@ -99,25 +99,24 @@ fn shifted(bytes: uint8x16_t, places: usize) -> uint8x16_t {
 /// The bits of `mask` of each byte, after a shift by `places` to the right.
 #[inline]
 #[target_feature(enable = "neon")]
-fn bits(bytes: [uint8x16_t; 2], places: usize, mask: u8) -> [uint8x16_t; 2] {
-    bytes.map(|bytes| {
-        let bytes = if places == 0 {
-            bytes
-        } else {
-            shifted(bytes, places)
+fn bits([a, b]: [uint8x16_t; 2], places: usize, mask: u8) -> [uint8x16_t; 2] {
+    let bits = |bytes| {
+        let bytes = match places {
+            0 => bytes,
+            _ => shifted(bytes, places),
         };
-        if mask == 0xff >> places {
-            bytes
-        } else {
-            vandq_u8(bytes, vdupq_n_u8(mask))
+        match mask == 0xff >> places {
+            true => bytes,
+            false => vandq_u8(bytes, vdupq_n_u8(mask)),
         }
-    })
+    };
+    [bits(a), bits(b)]
 }
 
 #[inline]
 #[target_feature(enable = "neon")]
-fn signed(codes: [uint8x16_t; 2]) -> [int8x16_t; 2] {
-    codes.map(|codes| vreinterpretq_s8_u8(codes))
+fn signed([a, b]: [uint8x16_t; 2]) -> [int8x16_t; 2] {
+    [vreinterpretq_s8_u8(a), vreinterpretq_s8_u8(b)]
 }
 
 /// 32 levels of four bits: the low nibbles of 16 bytes, then the high ones.
@@ -131,9 +130,9 @@ fn nibbles(qs: &[u8; 16]) -> [uint8x16_t; 2] {
 /// What four bits stand for in a table.
 #[inline]
 #[target_feature(enable = "neon")]
-fn look_up(table: &[i8; 16], levels: [uint8x16_t; 2]) -> [int8x16_t; 2] {
+fn look_up(table: &[i8; 16], [a, b]: [uint8x16_t; 2]) -> [int8x16_t; 2] {
     let table = load_i8(table);
-    levels.map(|levels| vqtbl1q_s8(table, levels))
+    [vqtbl1q_s8(table, a), vqtbl1q_s8(table, b)]
 }
 
 /// Levels of four bits and a fifth, less 16: bit `j` of `qh` belongs to column `j`.
@@ -159,8 +158,9 @@ fn five_bits(qh: [u8; 4], qs: &[u8; 16]) -> [int8x16_t; 2] {
 /// All ones in each byte whose bit `bit` is clear.
 #[inline]
 #[target_feature(enable = "neon")]
-fn clear_bits(bytes: [uint8x16_t; 2], bit: usize) -> [uint8x16_t; 2] {
-    bytes.map(|bytes| vtstq_u8(vmvnq_u8(bytes), vdupq_n_u8(1 << bit)))
+fn clear_bits([a, b]: [uint8x16_t; 2], bit: usize) -> [uint8x16_t; 2] {
+    let bit = vdupq_n_u8(1 << bit);
+    [vtstq_u8(vmvnq_u8(a), bit), vtstq_u8(vmvnq_u8(b), bit)]
 }
 
 /// Puts `masks` above the lowest `KEPT` bits of each byte.
@@ -183,11 +183,12 @@ fn six_bits(low: [uint8x16_t; 2], high: [uint8x16_t; 2]) -> [int8x16_t; 2] {
 /// The two bits of stripe `k` of four that share bytes, four places up.
 #[inline]
 #[target_feature(enable = "neon")]
-fn upper_two(bytes: [uint8x16_t; 2], k: usize) -> [uint8x16_t; 2] {
-    bytes.map(|bytes| {
-        let in_place = vshlq_u8(bytes, vdupq_n_s8(4 - 2 * k as i8));
-        vandq_u8(in_place, vdupq_n_u8(0x30))
-    })
+fn upper_two([a, b]: [uint8x16_t; 2], k: usize) -> [uint8x16_t; 2] {
+    let (places, mask) = (vdupq_n_s8(4 - 2 * k as i8), vdupq_n_u8(0x30));
+    [
+        vandq_u8(vshlq_u8(a, places), mask),
+        vandq_u8(vshlq_u8(b, places), mask),
+    ]
 }
 
 macro_rules! codes {
@@ -231,11 +232,12 @@ codes! {
 }
 
 macro_rules! small_block {
-    ($($block:ty, |$four:ident| $scales:expr $(, offsets $offsets:expr)?;)*) => {$(
+    ($($block:ty, |$a:ident, $b:ident, $c:ident, $d:ident| $scales:expr
+        $(, offsets $offsets:expr)?;)*) => {$(
         impl SmallBlock for $block {
             #[inline]
             #[target_feature(enable = "neon")]
-            unsafe fn scales($four: [&Self; 4]) -> float32x4_t {
+            unsafe fn scales([$a, $b, $c, $d]: [&Self; 4]) -> float32x4_t {
                 $scales
             }
 
@@ -244,7 +246,7 @@ macro_rules! small_block {
 
                 #[inline]
                 #[target_feature(enable = "neon")]
-                unsafe fn offsets($four: [&Self; 4]) -> float32x4_t {
+                unsafe fn offsets([$a, $b, $c, $d]: [&Self; 4]) -> float32x4_t {
                     $offsets
                 }
             )?
@@ -253,13 +255,13 @@ macro_rules! small_block {
 }
 
 small_block! {
-    BlockQ4_0, |four| widen_halves(four.map(|b| b.d));
-    BlockQ4_1, |four| widen_halves(four.map(|b| b.d)), offsets widen_halves(four.map(|b| b.m));
-    BlockQ5_0, |four| widen_halves(four.map(|b| b.d));
-    BlockQ5_1, |four| widen_halves(four.map(|b| b.d)), offsets widen_halves(four.map(|b| b.m));
-    BlockQ8_0, |four| widen_halves(four.map(|b| b.d));
-    BlockIQ4NL, |four| widen_halves(four.map(|b| b.d));
-    BlockMXFP4, |four| load_f32(&four.map(|b| b.scale()));
+    BlockQ4_0, |a, b, c, d| widen_halves([a.d, b.d, c.d, d.d]);
+    BlockQ4_1, |a, b, c, d| widen_halves([a.d, b.d, c.d, d.d]), offsets widen_halves([a.m, b.m, c.m, d.m]);
+    BlockQ5_0, |a, b, c, d| widen_halves([a.d, b.d, c.d, d.d]);
+    BlockQ5_1, |a, b, c, d| widen_halves([a.d, b.d, c.d, d.d]), offsets widen_halves([a.m, b.m, c.m, d.m]);
+    BlockQ8_0, |a, b, c, d| widen_halves([a.d, b.d, c.d, d.d]);
+    BlockIQ4NL, |a, b, c, d| widen_halves([a.d, b.d, c.d, d.d]);
+    BlockMXFP4, |a, b, c, d| load_f32(&[a.scale(), b.scale(), c.scale(), d.scale()]);
 }
 
 macro_rules! super_block {

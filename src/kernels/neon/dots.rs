@@ -5,7 +5,6 @@
 //! of activations meet them.
 
 use std::arch::aarch64::*;
-use std::array::from_fn;
 
 use super::codes::{Codes, SmallBlock, SuperBlock, halves};
 use super::multiply::Multiply;
@@ -66,7 +65,8 @@ unsafe fn add_four<M: Multiply, B: SmallBlock>(
     sums: &[i16; 8],
 ) -> float32x4_t {
     // SAFETY: the caller's.
-    let dots = from_fn(|k| unsafe { M::dot_32(four[k].codes(0), halves(&q[k])) });
+    let dot = |k: usize| unsafe { M::dot_32(four[k].codes(0), halves(&q[k])) };
+    let dots = [dot(0), dot(1), dot(2), dot(3)];
     let sums = vpaddlq_s16(load_i16(sums));
     let dots = each_sum::<B>(dots, sums);
     let s = load_f32(s);
@@ -141,9 +141,14 @@ pub(super) unsafe fn dot_fine<M: Multiply, B: SuperBlock>(
                 0 => vzip1q_f32(s[k / 2], s[k / 2]),
                 _ => vzip2q_f32(s[k / 2], s[k / 2]),
             };
-            let halves_of = |v: int8x16_t| [vget_low_s8(v), vget_high_s8(v)];
-            let scales = halves_of(scales).map(|scales| in_units(block.d(), scales));
-            let minima = halves_of(minima).map(|minima| in_units(block.dmin(), minima));
+            let scales = [
+                in_units(block.d(), vget_low_s8(scales)),
+                in_units(block.d(), vget_high_s8(scales)),
+            ];
+            let minima = [
+                in_units(block.dmin(), vget_low_s8(minima)),
+                in_units(block.dmin(), vget_high_s8(minima)),
+            ];
             macro_rules! add_quarter {
                 ($k:literal) => {
                     // SAFETY: the caller's.

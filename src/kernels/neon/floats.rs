@@ -22,7 +22,8 @@ impl Float for f32 {
     #[target_feature(enable = "neon")]
     unsafe fn widen(sixteen: &[Self; 16]) -> [float32x4_t; 4] {
         let fours = sixteen.as_chunks().0;
-        [0, 1, 2, 3].map(|k| load_f32(&fours[k]))
+        let load = |k: usize| load_f32(&fours[k]);
+        [load(0), load(1), load(2), load(3)]
     }
 }
 
@@ -31,7 +32,8 @@ impl Float for F32 {
     #[target_feature(enable = "neon")]
     unsafe fn widen(sixteen: &[Self; 16]) -> [float32x4_t; 4] {
         let bytes: &[[u8; 16]; 4] = bytemuck::cast_ref(sixteen);
-        [0, 1, 2, 3].map(|k| vreinterpretq_f32_u8(load_u8(&bytes[k])))
+        let load = |k: usize| vreinterpretq_f32_u8(load_u8(&bytes[k]));
+        [load(0), load(1), load(2), load(3)]
     }
 }
 
@@ -40,7 +42,8 @@ impl Float for F16 {
     #[target_feature(enable = "neon")]
     unsafe fn widen(sixteen: &[Self; 16]) -> [float32x4_t; 4] {
         let bytes: &[[u8; 16]; 2] = bytemuck::cast_ref(sixteen);
-        let [a, b] = [0, 1].map(|k| vreinterpretq_f16_u8(load_u8(&bytes[k])));
+        let load = |k: usize| vreinterpretq_f16_u8(load_u8(&bytes[k]));
+        let (a, b) = (load(0), load(1));
         [
             vcvt_f32_f16(vget_low_f16(a)),
             vcvt_high_f32_f16(a),
@@ -55,14 +58,14 @@ impl Float for BF16 {
     #[target_feature(enable = "neon")]
     unsafe fn widen(sixteen: &[Self; 16]) -> [float32x4_t; 4] {
         let bytes: &[[u8; 16]; 2] = bytemuck::cast_ref(sixteen);
-        let [a, b] = [0, 1].map(|k| vreinterpretq_u16_u8(load_u8(&bytes[k])));
+        let load = |k: usize| vreinterpretq_u16_u8(load_u8(&bytes[k]));
+        let (a, b) = (load(0), load(1));
         [
-            vshll_n_u16::<16>(vget_low_u16(a)),
-            vshll_high_n_u16::<16>(a),
-            vshll_n_u16::<16>(vget_low_u16(b)),
-            vshll_high_n_u16::<16>(b),
+            vreinterpretq_f32_u32(vshll_n_u16::<16>(vget_low_u16(a))),
+            vreinterpretq_f32_u32(vshll_high_n_u16::<16>(a)),
+            vreinterpretq_f32_u32(vshll_n_u16::<16>(vget_low_u16(b))),
+            vreinterpretq_f32_u32(vshll_high_n_u16::<16>(b)),
         ]
-        .map(|bits| vreinterpretq_f32_u32(bits))
     }
 }
 

@@ -166,18 +166,16 @@ unsafe fn fill_group<L: Level, B: Fill>(panel: &mut Panel, group: usize, rows: [
     let chunks = B::LEN / 16;
     let scales = B::LEN / if has_fine_scales(B::TYPE) { 16 } else { 32 };
     for b in 0..rows[0].len() {
-        let four = rows.map(|row| &row[b]);
+        let four = [&rows[0][b], &rows[1][b], &rows[2][b], &rows[3][b]];
         let codes = &mut panel.codes[group][b * chunks..(b + 1) * chunks];
         for (j, codes) in codes.as_chunks_mut::<2>().0.iter_mut().enumerate() {
             // SAFETY: every aarch64 has NEON.
-            let stripes = four.map(|block| unsafe { block.codes(j) });
+            let stripe = |r: usize| unsafe { four[r].codes(j) };
+            let rows = [stripe(0), stripe(1), stripe(2), stripe(3)];
             for (half, place) in codes.iter_mut().enumerate() {
-                let rows = stripes.map(|codes| match B::OFFSET {
-                    0 => codes[half],
-                    offset => vsubq_s8(codes[half], vdupq_n_s8(offset)),
-                });
+                let row = |r: usize| vsubq_s8(rows[r][half], vdupq_n_s8(B::OFFSET));
                 // SAFETY: every aarch64 has NEON.
-                unsafe { L::put(place, rows) };
+                unsafe { L::put(place, [row(0), row(1), row(2), row(3)]) };
             }
         }
         let places = b * scales..(b + 1) * scales;
@@ -219,32 +217,39 @@ impl Factors {
         for (t, x) in tokens.into_iter().enumerate() {
             let some_s = &x.scales[columns.start / SCALE_LEN..columns.end / SCALE_LEN];
             let some_sums = &x.sums[columns.start / SUM_LEN..columns.end / SUM_LEN];
-            s[t][..some_s.len()].copy_from_slice(some_s);
-            sums[t][..some_sums.len()].copy_from_slice(some_sums);
+            match (some_s.first_chunk(), some_sums.first_chunk()) {
+                (Some(whole_s), Some(whole_sums)) => (s[t], sums[t]) = (*whole_s, *whole_sums),
+                _ => {
+                    s[t][..some_s.len()].copy_from_slice(some_s);
+                    sums[t][..some_sums.len()].copy_from_slice(some_sums);
+                }
+            }
         }
         let mut factors = Factors {
             s: [[0.0; TOKENS]; SCALES],
             s_sums: [[0.0; TOKENS]; SUMS],
         };
         for half in 0..2 {
-            let s = s.map(|s| load_f32(&s.as_chunks().0[half]));
-            let sums = sums.map(|sums| load_i16(&sums.as_chunks().0[half]));
-            put_turned(&mut factors.s.as_chunks_mut().0[half], s);
-            if !MINIMA {
-                continue;
-            }
-            let (places, _) = factors.s_sums.as_chunks_mut::<4>();
+            let s = |t: usize| load_f32(&s[t].as_chunks().0[half]);
+            let sums = |t: usize| load_i16(&sums[t].as_chunks().0[half]);
             let times = |sums, s| vmulq_f32(vcvtq_f32_s32(sums), s);
-            let t = [0, 1, 2, 3];
-            if STEP == 2 {
-                let sums = t.map(|t| times(vpaddlq_s16(sums[t]), s[t]));
-                put_turned(&mut places[half], sums);
-            } else {
-                let low =
-                    t.map(|t| times(vmovl_s16(vget_low_s16(sums[t])), vzip1q_f32(s[t], s[t])));
-                let high = t.map(|t| times(vmovl_high_s16(sums[t]), vzip2q_f32(s[t], s[t])));
-                put_turned(&mut places[2 * half], low);
-                put_turned(&mut places[2 * half + 1], high);
+            macro_rules! put {
+                ($place:expr, |$t:ident| $four:expr) => {{
+                    let four = |$t: usize| $four;
+                    put_turned($place, [four(0), four(1), four(2), four(3)]);
+                }};
+            }
+            put!(&mut factors.s.as_chunks_mut().0[half], |t| s(t));
+            let (places, _) = factors.s_sums.as_chunks_mut::<4>();
+            if MINIMA && STEP == 2 {
+                put!(&mut places[half], |t| times(vpaddlq_s16(sums(t)), s(t)));
+            } else if MINIMA {
+                put!(&mut places[2 * half], |t| {
+                    times(vmovl_s16(vget_low_s16(sums(t))), vzip1q_f32(s(t), s(t)))
+                });
+                put!(&mut places[2 * half + 1], |t| {
+                    times(vmovl_high_s16(sums(t)), vzip2q_f32(s(t), s(t)))
+                });
             }
         }
         factors
@@ -266,9 +271,10 @@ impl Level for ByLane {
     #[inline]
     #[target_feature(enable = "neon")]
     unsafe fn put(place: &mut [i8; 64], rows: [int8x16_t; 4]) {
-        let [a, b, c, d] = rows.map(|row| vreinterpretq_s32_s8(row));
+        let row = |r: usize| vreinterpretq_s32_s8(rows[r]);
+        let rows = int32x4x4_t(row(0), row(1), row(2), row(3));
         // SAFETY: the array is as long as the registers, and the store takes any alignment.
-        unsafe { vst4q_s32(place.as_mut_ptr().cast(), int32x4x4_t(a, b, c, d)) }
+        unsafe { vst4q_s32(place.as_mut_ptr().cast(), rows) }
     }
 
     #[inline]
@@ -321,16 +327,19 @@ unsafe fn by_lane<const T: usize, const STEP: usize, const MINIMA: bool>(
     for part in 0..q[0].len() / STEP {
         let mut dots = [[vdupq_n_s32(0); BLOCK_GROUPS]; T];
         for chunk in part * STEP..(part + 1) * STEP {
-            let q = q.map(|q| load_i8(&q[chunk]));
+            let mut four = [vdupq_n_s8(0); T];
+            for t in 0..T {
+                four[t] = load_i8(&q[t][chunk]);
+            }
             for g in 0..BLOCK_GROUPS {
                 let fours = codes[g][chunk].as_chunks::<16>().0;
                 for t in 0..T {
                     // SAFETY: the caller's.
                     unsafe {
-                        dots[t][g] = sdot_lane::<0>(dots[t][g], load_i8(&fours[0]), q[t]);
-                        dots[t][g] = sdot_lane::<1>(dots[t][g], load_i8(&fours[1]), q[t]);
-                        dots[t][g] = sdot_lane::<2>(dots[t][g], load_i8(&fours[2]), q[t]);
-                        dots[t][g] = sdot_lane::<3>(dots[t][g], load_i8(&fours[3]), q[t]);
+                        dots[t][g] = sdot_lane::<0>(dots[t][g], load_i8(&fours[0]), four[t]);
+                        dots[t][g] = sdot_lane::<1>(dots[t][g], load_i8(&fours[1]), four[t]);
+                        dots[t][g] = sdot_lane::<2>(dots[t][g], load_i8(&fours[2]), four[t]);
+                        dots[t][g] = sdot_lane::<3>(dots[t][g], load_i8(&fours[3]), four[t]);
                     }
                 }
             }
@@ -361,12 +370,12 @@ impl Level for TwoByTwo {
     #[inline]
     #[target_feature(enable = "neon")]
     unsafe fn put(place: &mut [i8; 64], rows: [int8x16_t; 4]) {
-        let [a, b, c, d] = rows.map(|row| vreinterpretq_s64_s8(row));
+        let row = |r: usize| vreinterpretq_s64_s8(rows[r]);
         let place: *mut i64 = place.as_mut_ptr().cast();
         // SAFETY: the array is as long as the registers, and the store takes any alignment.
         unsafe {
-            vst2q_s64(place, int64x2x2_t(a, b));
-            vst2q_s64(place.add(4), int64x2x2_t(c, d));
+            vst2q_s64(place, int64x2x2_t(row(0), row(1)));
+            vst2q_s64(place.add(4), int64x2x2_t(row(2), row(3)));
         }
     }
 
@@ -410,7 +419,8 @@ unsafe fn two_by_two<const P: usize, const STEP: usize, const MINIMA: bool>(
     let mut acc = [[vdupq_n_f32(0.0); ROW_PAIRS]; P];
     for p in 0..P {
         // A token that does not count stands for another, and its sums go nowhere.
-        let [a, b] = [2 * p, 2 * p + 1].map(|t| &out[t.min(out.len() - 1)][first_row..]);
+        let rows = |t: usize| &out[t.min(out.len() - 1)][first_row..];
+        let (a, b) = (rows(2 * p), rows(2 * p + 1));
         for g in 0..BLOCK_GROUPS {
             let (a, b) = (load_f32(&a.as_chunks().0[g]), load_f32(&b.as_chunks().0[g]));
             (acc[p][2 * g], acc[p][2 * g + 1]) = (vzip1q_f32(a, b), vzip2q_f32(a, b));
@@ -424,7 +434,8 @@ unsafe fn two_by_two<const P: usize, const STEP: usize, const MINIMA: bool>(
             for p in 0..P {
                 let a = vreinterpretq_s64_s8(load_i8(&q[2 * p][chunk]));
                 let b = vreinterpretq_s64_s8(load_i8(&q[2 * p + 1][chunk]));
-                tokens[p] = [vzip1q_s64(a, b), vzip2q_s64(a, b)].map(|v| vreinterpretq_s8_s64(v));
+                tokens[p][0] = vreinterpretq_s8_s64(vzip1q_s64(a, b));
+                tokens[p][1] = vreinterpretq_s8_s64(vzip2q_s64(a, b));
             }
             for r in 0..ROW_PAIRS {
                 let pair: &[[i8; 16]; 2] = &codes[r / 2][chunk].as_chunks().0.as_chunks().0[r % 2];
@@ -507,32 +518,37 @@ fill!(BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0, BlockIQ4NL, BlockMX
 });
 
 fill!(BlockQ4K, BlockQ5K, BlockIQ4XS; |four, scales, minima| {
-    // SAFETY: every aarch64 has NEON.
-    let rows = four.map(|block| unsafe { block.scales_and_minima() });
-    for half in 0..2 {
-        let lines = [0, 1, 2, 3].map(|r| in_units(four[r].d(), vget_low_s8(rows[r].0))[half]);
-        put_turned(&mut scales.as_chunks_mut().0[half], lines);
+    for (r, block) in four.into_iter().enumerate() {
+        // SAFETY: every aarch64 has NEON.
+        let (s, m) = unsafe { block.scales_and_minima() };
+        put_row(scales, 0, r, in_units(block.d(), vget_low_s8(s)));
         if Self::MINIMA {
-            let lines =
-                [0, 1, 2, 3].map(|r| in_units(four[r].dmin(), vget_low_s8(rows[r].1))[half]);
-            put_turned(&mut minima.as_chunks_mut().0[half], lines);
+            put_row(minima, 0, r, in_units(block.dmin(), vget_low_s8(m)));
         }
     }
 });
 
 fill!(BlockQ2K, BlockQ3K, BlockQ6K; |four, scales, minima| {
-    // SAFETY: every aarch64 has NEON.
-    let rows = four.map(|block| unsafe { block.scales_and_minima() });
-    let quarter = |unit, v, k: usize| {
-        let eight = if k < 2 { vget_low_s8(v) } else { vget_high_s8(v) };
-        in_units(unit, eight)[k % 2]
-    };
-    for k in 0..4 {
-        let lines = [0, 1, 2, 3].map(|r| quarter(four[r].d(), rows[r].0, k));
-        put_turned(&mut scales.as_chunks_mut().0[k], lines);
+    for (r, block) in four.into_iter().enumerate() {
+        // SAFETY: every aarch64 has NEON.
+        let (s, m) = unsafe { block.scales_and_minima() };
+        put_row(scales, 0, r, in_units(block.d(), vget_low_s8(s)));
+        put_row(scales, 8, r, in_units(block.d(), vget_high_s8(s)));
         if Self::MINIMA {
-            let lines = [0, 1, 2, 3].map(|r| quarter(four[r].dmin(), rows[r].1, k));
-            put_turned(&mut minima.as_chunks_mut().0[k], lines);
+            put_row(minima, 0, r, in_units(block.dmin(), vget_low_s8(m)));
+            put_row(minima, 8, r, in_units(block.dmin(), vget_high_s8(m)));
         }
     }
 });
+
+/// Puts eight scales of row `r`, from `start` on, where each has those of other rows beside it.
+#[inline]
+#[target_feature(enable = "neon")]
+fn put_row(places: &mut [[f32; 4]], start: usize, r: usize, scales: [float32x4_t; 2]) {
+    let mut eight = [[0.0; 4]; 2];
+    store_f32(&mut eight[0], scales[0]);
+    store_f32(&mut eight[1], scales[1]);
+    for (place, scale) in places[start..].iter_mut().zip(eight.as_flattened()) {
+        place[r] = *scale;
+    }
+}
