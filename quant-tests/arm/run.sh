@@ -35,9 +35,8 @@ fetch_library() {
     # shellcheck disable=SC2064 # this folder, whatever the variable says later
     trap "rm -rf '$work'" EXIT
     mkdir -p "$work/lists/partial" "$work/cache/archives/partial" "$work/library"
-    for suite in trixie-backports forky sid; do
-        echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $suite main"
-    done >"$work/sources.list"
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie-backports main" \
+        >"$work/sources.list"
     options=(-o "Dir::Etc::sourcelist=$PWD/$work/sources.list" -o Dir::Etc::sourceparts=/dev/null
         -o "Dir::State::lists=$PWD/$work/lists" -o "Dir::Cache=$PWD/$work/cache" -o APT::Sandbox::User=)
     apt-get "${options[@]}" --quiet update

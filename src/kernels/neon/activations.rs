@@ -37,12 +37,12 @@ fn quantize_32(x: &[f32; 32], q: &mut [i8; 32], sums: &mut [i16; 2]) -> f32 {
     let inverse = inverse_scale(max);
     let round = |k: usize| vcvtnq_s32_f32(vmulq_n_f32(x[k], inverse));
     let narrow = |k: usize| vqmovn_high_s32(vqmovn_s32(round(k)), round(k + 1));
-    for half in 0..2 {
+    for (half, sum) in sums.iter_mut().enumerate() {
         let codes = vqmovn_high_s16(vqmovn_s16(narrow(4 * half)), narrow(4 * half + 2));
         let q: &mut [i8; 16] = &mut q.as_chunks_mut().0[half];
         // SAFETY: the array is as long as the register, and the store takes any alignment.
         unsafe { vst1q_s8(q.as_mut_ptr(), codes) };
-        sums[half] = vaddlvq_s8(codes);
+        *sum = vaddlvq_s8(codes);
     }
     max / 127.0
 }

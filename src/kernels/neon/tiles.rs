@@ -417,13 +417,13 @@ unsafe fn two_by_two<const P: usize, const STEP: usize, const MINIMA: bool>(
 ) {
     let first_row = first * GROUP_ROWS;
     let mut acc = [[vdupq_n_f32(0.0); ROW_PAIRS]; P];
-    for p in 0..P {
+    for (p, acc) in acc.iter_mut().enumerate() {
         // A token that does not count stands for another, and its sums go nowhere.
         let rows = |t: usize| &out[t.min(out.len() - 1)][first_row..];
         let (a, b) = (rows(2 * p), rows(2 * p + 1));
         for g in 0..BLOCK_GROUPS {
             let (a, b) = (load_f32(&a.as_chunks().0[g]), load_f32(&b.as_chunks().0[g]));
-            (acc[p][2 * g], acc[p][2 * g + 1]) = (vzip1q_f32(a, b), vzip2q_f32(a, b));
+            (acc[2 * g], acc[2 * g + 1]) = (vzip1q_f32(a, b), vzip2q_f32(a, b));
         }
     }
     let codes = [&panel.codes[first], &panel.codes[first + 1]];
