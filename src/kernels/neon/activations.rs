@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 
 use super::load_f32;
-use crate::kernels::activations::{SCALE_LEN, SUM_LEN, inverse_scale};
+use crate::kernels::activations::{SCALE_LEN, SUM_LEN, scale_of};
 
 /// See [`crate::kernels::activations::quantize`], whose bits this gives.
 pub(super) fn quantize(x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [i16]) {
@@ -34,7 +34,7 @@ fn quantize_32(x: &[f32; 32], q: &mut [i8; 32], sums: &mut [i16; 2]) -> f32 {
     let max = f32::from_bits(vmaxvq_u32(max));
 
     // Rounds halves to even; a NaN becomes 0.
-    let inverse = inverse_scale(max);
+    let (scale, inverse) = scale_of(max);
     let round = |k: usize| vcvtnq_s32_f32(vmulq_n_f32(x[k], inverse));
     let narrow = |k: usize| vqmovn_high_s32(vqmovn_s32(round(k)), round(k + 1));
     for (half, sum) in sums.iter_mut().enumerate() {
@@ -44,5 +44,5 @@ fn quantize_32(x: &[f32; 32], q: &mut [i8; 32], sums: &mut [i16; 2]) -> f32 {
         unsafe { vst1q_s8(q.as_mut_ptr(), codes) };
         *sum = vaddlvq_s8(codes);
     }
-    max / 127.0
+    scale
 }
