@@ -112,16 +112,23 @@ fn tile_rows<B: Fill>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TIL
     );
 }
 
-/// Asks for the stretch of every row that starts at `column`: the rows lie apart, and their next
-/// pieces would be waited for when the next panel is filled.
+/// Asks for the stretch of every row that starts at `column`, since the rows lie apart, and their
+/// next pieces would be waited for when the next panel is filled. At the end of the rows it
+/// asks for the beginning of those that follow them, which mostly are the next tile.
 #[inline]
 fn prefetch_stretch(rows: Rows<'_>, column: usize) {
     let bytes = |columns: usize| columns / rows.kind.block_len() * rows.kind.block_bytes();
-    let stretch = bytes(column)..bytes((column + STRETCH).min(rows.cols));
-    for r in 0..rows.len() {
-        for line in rows.row(r)[stretch.clone()].chunks(64) {
-            // SAFETY: a prefetch reads nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+    let (first, start) = if column < rows.cols {
+        (0, column)
+    } else {
+        (rows.len(), 0)
+    };
+    let stretch = bytes(start)..bytes((start + STRETCH).min(rows.cols));
+    for r in first..first + rows.len() {
+        let row = rows.bytes.as_ptr().wrapping_add(r * rows.stride);
+        for line in stretch.clone().step_by(64) {
+            // SAFETY: a prefetch reads nothing and may name any address.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(line).cast()) };
         }
     }
 }
