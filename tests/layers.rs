@@ -142,8 +142,8 @@ fn an_import_against_the_way_is_noticed() {
         ["engine"]
     );
     assert_eq!(
-        against_the_picture("chat", "use crate::{quant::BlockType, sampler::{A, B}};"),
-        ["sampler"]
+        against_the_picture("chat", "use crate::{quant::BlockType, perplexity::{A, B}};"),
+        ["perplexity"]
     );
     assert_eq!(
         against_the_picture("tensor", "fn f() -> crate::model::Config {}"),

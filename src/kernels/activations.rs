@@ -315,7 +315,7 @@ impl Part<'_> {
 }
 
 /// Quantizes a row, or whole groups of 32 columns of one: `q = round(x / scale)`, halves rounded
-/// to even, with the [`scale_of`] 32 columns, and the sum of each 16 codes. The arithmetic that
+/// to even, with the scale of each 32 columns (below), and the sum of each 16 codes. The arithmetic that
 /// every instruction set repeats bit for bit.
 ///
 /// A group that holds a NaN or an infinity gets it as its scale, and codes of 0: the dot
