@@ -372,7 +372,7 @@ fn drafts_change_neither_tokens_nor_logits() {
     }
     println!("{accepted} of {drafted} drafts accepted");
     assert!(
-        accepted > 100 && drafted > accepted + 100,
+        accepted > 50 && drafted > accepted + 50,
         "both kinds occur: {accepted} of {drafted}"
     );
 }
