@@ -3,10 +3,10 @@
 use std::arch::x86_64::*;
 
 use super::{load_i8, load_u8};
-use crate::kernels::x86::{broadcast_f16, load_16};
+use crate::kernels::x86::{half_bits, load_16};
 use crate::quant::{
     Block, BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
-    BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, IQ4_VALUES, MXFP4_DOUBLED,
+    BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, F16, IQ4_VALUES, MXFP4_DOUBLED,
 };
 
 /// A block, or a super-block, of which 32 codes at a time are made into a register.
@@ -21,22 +21,23 @@ pub(super) trait Codes: Block {
     unsafe fn codes(&self, stripe: usize) -> __m256i;
 }
 
-/// A block of 32 weights with a scale and, perhaps, a minimum, each given in all lanes.
+/// A block of 32 weights with a scale and, perhaps, a minimum.
 pub(super) trait SmallBlock: Codes {
     /// Whether there is a minimum.
     const MINIMUM: bool = false;
 
+    /// The scales of up to 8 blocks, a lane a block, and any numbers behind:
     /// `weight = scale · code − minimum`.
     ///
     /// # Safety
     /// The CPU has AVX2 and F16C.
-    unsafe fn scale(&self) -> __m256;
+    unsafe fn scales(blocks: &[Self]) -> __m256;
 
-    /// The minimum's negative.
+    /// The minima's negatives likewise, and zeros behind.
     ///
     /// # Safety
     /// The CPU has AVX2 and F16C.
-    unsafe fn offset(&self) -> __m256 {
+    unsafe fn offsets(_blocks: &[Self]) -> __m256 {
         bytemuck::Zeroable::zeroed()
     }
 }
@@ -45,9 +46,9 @@ pub(super) trait SmallBlock: Codes {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn nibbles(qs: &[u8; 16]) -> __m256i {
-    let qs = load_16(qs);
-    let both = _mm256_set_m128i(_mm_srli_epi16::<4>(qs), qs);
-    _mm256_and_si256(both, _mm256_set1_epi8(15))
+    let twice = _mm256_broadcastsi128_si256(load_16(qs));
+    let shifts = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
+    _mm256_and_si256(_mm256_srlv_epi32(twice, shifts), _mm256_set1_epi8(15))
 }
 
 /// 16 in each byte whose bit is set.
@@ -135,14 +136,25 @@ codes! {
     BlockIQ4XS, None, |b, j| look_up(&IQ4_VALUES, nibbles(&b.qs[j]));
 }
 
+/// A half of each of up to 8 blocks, widened; zeros behind.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn halves<B>(blocks: &[B], half: impl Fn(&B) -> F16) -> __m256 {
+    // Put together as whole numbers: the units for vectors have more to do.
+    let mut words = [0; 2];
+    for (i, block) in blocks.iter().enumerate() {
+        words[i / 4] |= i64::from(half_bits(half(block))) << (i % 4 * 16);
+    }
+    _mm256_cvtph_ps(_mm_set_epi64x(words[1], words[0]))
+}
+
 macro_rules! small_block {
-    ($($block:ty, |$b:ident| $scale:expr $(, offset $offset:expr)?;)*) => {$(
+    ($($block:ty, scale $d:ident $(, offset $m:ident)?;)*) => {$(
         impl SmallBlock for $block {
             #[inline]
             #[target_feature(enable = "avx2,f16c")]
-            unsafe fn scale(&self) -> __m256 {
-                let $b = self;
-                $scale
+            unsafe fn scales(blocks: &[Self]) -> __m256 {
+                halves(blocks, |block| block.$d)
             }
 
             $(
@@ -150,9 +162,8 @@ macro_rules! small_block {
 
                 #[inline]
                 #[target_feature(enable = "avx2,f16c")]
-                unsafe fn offset(&self) -> __m256 {
-                    let $b = self;
-                    $offset
+                unsafe fn offsets(blocks: &[Self]) -> __m256 {
+                    halves(blocks, |block| block.$m)
                 }
             )?
         }
@@ -160,11 +171,27 @@ macro_rules! small_block {
 }
 
 small_block! {
-    BlockQ4_0, |b| broadcast_f16(b.d);
-    BlockQ4_1, |b| broadcast_f16(b.d), offset broadcast_f16(b.m);
-    BlockQ5_0, |b| broadcast_f16(b.d);
-    BlockQ5_1, |b| broadcast_f16(b.d), offset broadcast_f16(b.m);
-    BlockQ8_0, |b| broadcast_f16(b.d);
-    BlockIQ4NL, |b| broadcast_f16(b.d);
-    BlockMXFP4, |b| _mm256_set1_ps(b.scale());
+    BlockQ4_0, scale d;
+    BlockQ4_1, scale d, offset m;
+    BlockQ5_0, scale d;
+    BlockQ5_1, scale d, offset m;
+    BlockQ8_0, scale d;
+    BlockIQ4NL, scale d;
+}
+
+impl SmallBlock for BlockMXFP4 {
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn scales(blocks: &[Self]) -> __m256 {
+        let mut exponents = 0;
+        for (i, block) in blocks.iter().enumerate() {
+            exponents |= i64::from(block.e) << (8 * i);
+        }
+        // 2^(e − 128): below e = 2 a number without the leading bit.
+        let e = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(exponents));
+        let normal = _mm256_slli_epi32::<23>(_mm256_sub_epi32(e, _mm256_set1_epi32(1)));
+        let small = _mm256_sllv_epi32(_mm256_set1_epi32(0x0020_0000), e);
+        let is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e);
+        _mm256_castsi256_ps(_mm256_blendv_epi8(normal, small, is_small))
+    }
 }

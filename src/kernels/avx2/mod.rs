@@ -6,11 +6,8 @@
 //! ```text
 //! codes     32 × 8 bit      q      32 × 8 bit
 //!      └──── 8 sums of 4 products, 32 bit ────┘      (how: multiply)
-//!            cvt, fma with (weight scale · activation scale): 8 lanes of f32
+//!            cvt, fma with the scales: 8 lanes of f32
 //! ```
-//!
-//! A row has several accumulators, so that chains of additions overlap; which block or stripe
-//! goes to which is fixed.
 
 use std::arch::x86_64::*;
 
@@ -77,12 +74,12 @@ fn dot<M: Multiply>(kind: BlockType) -> DotRows {
         BlockType::Q8_0 => entry!(dot_blocks::<M, BlockQ8_0>),
         BlockType::IQ4_NL => entry!(dot_blocks::<M, BlockIQ4NL>),
         BlockType::MXFP4 => entry!(dot_blocks::<M, BlockMXFP4>),
-        BlockType::Q2_K => entry!(dot_super_blocks::<M, BlockQ2K>),
-        BlockType::Q3_K => entry!(dot_super_blocks::<M, BlockQ3K>),
-        BlockType::Q4_K => entry!(dot_super_blocks::<M, BlockQ4K>),
-        BlockType::Q5_K => entry!(dot_super_blocks::<M, BlockQ5K>),
-        BlockType::Q6_K => entry!(dot_super_blocks::<M, BlockQ6K>),
-        BlockType::IQ4_XS => entry!(dot_super_blocks::<M, BlockIQ4XS>),
+        BlockType::Q2_K => entry!(dot_super_blocks::<BlockQ2K>),
+        BlockType::Q3_K => entry!(dot_super_blocks::<BlockQ3K>),
+        BlockType::Q4_K => entry!(dot_super_blocks::<BlockQ4K>),
+        BlockType::Q5_K => entry!(dot_super_blocks::<BlockQ5K>),
+        BlockType::Q6_K => entry!(dot_super_blocks::<BlockQ6K>),
+        BlockType::IQ4_XS => entry!(dot_super_blocks::<BlockIQ4XS>),
     }
 }
 

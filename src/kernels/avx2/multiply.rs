@@ -51,6 +51,21 @@ pub(super) trait Multiply {
     ) -> [[__m256i; REGISTERS]; T];
 }
 
+/// The products of 32 codes, of which `offset` is taken off, in sums of two; `None`: the codes
+/// have a sign.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn pairs(codes: __m256i, offset: Option<i8>, q: __m256i) -> __m256i {
+    match offset {
+        None => _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(q, codes)),
+        Some(0) => _mm256_maddubs_epi16(codes, q),
+        Some(offset) => _mm256_sub_epi16(
+            _mm256_maddubs_epi16(codes, q),
+            _mm256_maddubs_epi16(_mm256_set1_epi8(offset), q),
+        ),
+    }
+}
+
 /// AVX2's own instructions.
 pub(super) struct Maddubs;
 
@@ -60,18 +75,7 @@ impl Multiply for Maddubs {
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn dot(codes: __m256i, offset: Option<i8>, q: __m256i) -> __m256i {
-        let pairs = match offset {
-            None => {
-                let magnitudes = _mm256_abs_epi8(codes);
-                _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(q, codes))
-            }
-            Some(0) => _mm256_maddubs_epi16(codes, q),
-            Some(offset) => _mm256_sub_epi16(
-                _mm256_maddubs_epi16(codes, q),
-                _mm256_maddubs_epi16(_mm256_set1_epi8(offset), q),
-            ),
-        };
-        _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+        _mm256_madd_epi16(pairs(codes, offset, q), _mm256_set1_epi16(1))
     }
 
     #[inline]
@@ -84,20 +88,33 @@ impl Multiply for Maddubs {
     ) -> [[__m256i; REGISTERS]; T] {
         let ones = _mm256_set1_epi16(1);
         let mut dots = start(starts);
-        let depth = if DEPTH == 0 { 1 } else { DEPTH };
-        for some in (0..N).step_by(depth) {
+        if DEPTH == 0 {
+            // Three tokens at a time: magnitudes and signs take two registers more.
+            for first in (0..T).step_by(3) {
+                for k in 0..N {
+                    let codes = load_codes(&codes[k], first_row);
+                    let magnitudes = [_mm256_abs_epi8(codes[0]), _mm256_abs_epi8(codes[1])];
+                    for t in first..(first + 3).min(T) {
+                        let four = broadcast(&q[t][k]);
+                        for r in 0..REGISTERS {
+                            let signed = _mm256_sign_epi8(four, codes[r]);
+                            let pairs = _mm256_maddubs_epi16(magnitudes[r], signed);
+                            let fours = _mm256_madd_epi16(pairs, ones);
+                            dots[t][r] = _mm256_add_epi32(dots[t][r], fours);
+                        }
+                    }
+                }
+            }
+            return dots;
+        }
+        for some in (0..N).step_by(DEPTH) {
             let mut pairs = [[_mm256_setzero_si256(); REGISTERS]; T];
-            for k in some..(some + depth).min(N) {
+            for k in some..(some + DEPTH).min(N) {
                 let codes = load_codes(&codes[k], first_row);
                 for t in 0..T {
-                    let four = _mm256_set1_epi32(i32::from_ne_bytes(q[t][k].map(|q| q as u8)));
+                    let four = broadcast(&q[t][k]);
                     for r in 0..REGISTERS {
-                        let products = if DEPTH == 0 {
-                            let signed = _mm256_sign_epi8(four, codes[r]);
-                            _mm256_maddubs_epi16(_mm256_abs_epi8(codes[r]), signed)
-                        } else {
-                            _mm256_maddubs_epi16(codes[r], four)
-                        };
+                        let products = _mm256_maddubs_epi16(codes[r], four);
                         pairs[t][r] = _mm256_add_epi16(pairs[t][r], products);
                     }
                 }
@@ -128,10 +145,10 @@ impl Multiply for Vnni {
             match offset {
                 None => dpbusd(zero, _mm256_abs_epi8(codes), _mm256_sign_epi8(q, codes)),
                 Some(0) => dpbusd(zero, codes, q),
-                Some(offset) => _mm256_sub_epi32(
-                    dpbusd(zero, codes, q),
-                    dpbusd(zero, _mm256_set1_epi8(offset), q),
-                ),
+                Some(offset) => {
+                    let offsets = dpbusd(zero, _mm256_set1_epi8(offset), q);
+                    dpbusd(_mm256_sub_epi32(zero, offsets), codes, q)
+                }
             }
         }
     }
@@ -148,7 +165,7 @@ impl Multiply for Vnni {
         for k in 0..N {
             let codes = load_codes(&codes[k], first_row);
             for t in 0..T {
-                let four = _mm256_set1_epi32(i32::from_ne_bytes(q[t][k].map(|q| q as u8)));
+                let four = broadcast(&q[t][k]);
                 for r in 0..REGISTERS {
                     // SAFETY: the caller's.
                     dots[t][r] = unsafe { dpbusd(dots[t][r], codes[r], four) };
@@ -196,4 +213,10 @@ fn load_codes(fours: &Fours, first_row: usize) -> [__m256i; REGISTERS] {
     let rows = &fours[first_row..][..REGISTERS * ROWS];
     let registers = bytemuck::cast_slice::<_, [u8; 32]>(rows);
     [load_u8(&registers[0]), load_u8(&registers[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn broadcast(four: &[i8; 4]) -> __m256i {
+    _mm256_set1_epi32(bytemuck::cast(*four))
 }

@@ -42,6 +42,7 @@ pub(super) unsafe fn fill<B: Fill>(panel: &mut Panel, stretch: &[&[B]; TILE_ROWS
     for (rows, stretch) in stretch.as_chunks::<ROWS>().0.iter().enumerate() {
         assert!(stretch.iter().all(|row| row.len() == stretch[0].len()));
         let first_row = rows * ROWS;
+        stretch.iter().for_each(|row| prefetch_next(row));
         for b in 0..stretch[0].len() {
             for j in 0..stripes {
                 let mut codes = [_mm256_setzero_si256(); ROWS];
@@ -66,6 +67,17 @@ pub(super) unsafe fn fill<B: Fill>(panel: &mut Panel, stretch: &[&[B]; TILE_ROWS
         if has_minima(B::TYPE) {
             put_lines::<B>(&mut panel.minima, first_row, &minima);
         }
+    }
+}
+
+/// Asks for the next stretch of a row: the prefetchers lose their way among so many rows.
+#[inline]
+fn prefetch_next<B>(stretch: &[B]) {
+    let bytes = size_of_val(stretch);
+    for line in (0..bytes).step_by(64) {
+        let next = stretch.as_ptr().cast::<i8>().wrapping_add(bytes + line);
+        // SAFETY: a prefetch may point anywhere.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(next) };
     }
 }
 
@@ -117,17 +129,14 @@ fill!(super_lines: BlockQ2K BlockQ3K BlockQ4K BlockQ5K BlockQ6K BlockIQ4XS);
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
 fn small_lines<B: SmallBlock>(stretch: &[B]) -> (Line, Line) {
-    let (mut scales, mut minima) = ([0.0; STRETCH / GROUP], [0.0; STRETCH / GROUP]);
-    for ((scale, minimum), block) in scales.iter_mut().zip(&mut minima).zip(stretch) {
-        // SAFETY: this function has the features.
-        unsafe {
-            *scale = _mm256_cvtss_f32(block.scale());
-            if B::MINIMUM {
-                *minimum = -_mm256_cvtss_f32(block.offset());
-            }
-        }
-    }
-    (scales, minima)
+    let zero = _mm256_setzero_ps();
+    // SAFETY: this function has the features.
+    let (scales, offsets) = unsafe { (B::scales(stretch), B::offsets(stretch)) };
+    let minima = _mm256_sub_ps(zero, offsets);
+    (
+        bytemuck::cast([scales, zero]),
+        bytemuck::cast([minima, zero]),
+    )
 }
 
 #[inline]
