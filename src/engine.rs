@@ -11,6 +11,7 @@ use crate::gguf::{self, Gguf};
 use crate::kernels::{Kernels, Phase};
 use crate::model::{self, KvCache, KvKind, Model, Slot, State, forward};
 use crate::plan;
+use crate::quant::BlockType;
 use crate::threads::{self, CpuSet, Pool};
 use crate::tokenizer::{self, Tokenizer};
 
@@ -59,8 +60,18 @@ pub enum Error {
         /// CPUs asked for.
         cpus: usize,
     },
+    /// Keys and values cannot be kept so.
+    #[error("{}: heads of {head_dim} values are no whole blocks of {kind}; give --kv f16", file.display())]
+    Kv {
+        /// The file.
+        file: PathBuf,
+        /// What was asked for.
+        kind: BlockType,
+        /// Values of a head.
+        head_dim: usize,
+    },
     /// There is no memory for a context.
-    #[error("a context of {context} tokens needs {:.1} GB for keys and values: {source}; give a smaller --ctx", *bytes as f64 / 1e9)]
+    #[error("a context of {context} tokens needs {:.1} GB for keys and values: {source}; give a smaller --ctx or fewer bits by --kv", *bytes as f64 / 1e9)]
     NoRoom {
         /// Tokens asked for.
         context: usize,
@@ -137,6 +148,9 @@ pub struct Options {
     pub kernels: Option<String>,
     /// How quantized rows meet the activations.
     pub activations: ActivationMode,
+    /// How keys and values are kept; `None` for the usual way ([`plan::Shape::kv_type`]), and f32 where all else
+    /// is exact.
+    pub kv: Option<KvKind>,
 }
 
 /// The threads that `options` ask for.
@@ -202,10 +216,21 @@ impl Engine {
             return Err(Error::Vocabulary { file, tokens, rows });
         }
         // What runs exactly, or has no rounding of its own, keeps keys and values exactly too.
-        let kv = match options.activations == ActivationMode::F32 || model.weights.are_f32() {
+        let exact = options.activations == ActivationMode::F32 || model.weights.are_f32();
+        let kv = options.kv.unwrap_or(match exact {
             true => KvKind::F32,
-            false => KvKind::F16,
-        };
+            false => KvKind::usual(&model.config.shape),
+        });
+        let head_dim = model.config.shape.head_dim;
+        if kv.block_type().row_bytes(head_dim).is_none() {
+            let file = path.to_owned();
+            let kind = kv.block_type();
+            return Err(Error::Kv {
+                file,
+                kind,
+                head_dim,
+            });
+        }
         let state = State::new(&model.config);
         let batch = state.batch;
         let pool = start_pool(options)?;
@@ -265,7 +290,7 @@ impl Engine {
         let cache =
             KvCache::new(&self.model.config, self.kv, context).map_err(|source| Error::NoRoom {
                 context,
-                bytes: self.shape().kv_bytes(context, self.kv.bytes()),
+                bytes: self.shape().kv_bytes(context, self.kv.block_type()),
                 source,
             })?;
         Ok(Session {

@@ -7,6 +7,7 @@ use std::fmt;
 
 use crate::gguf::names::{self, Experts};
 use crate::gguf::{Error, Metadata, TensorDecl, TensorInfo};
+use crate::quant::BlockType;
 
 /// The architecture that is read: the graph that Mixtral, Mistral, Llama and SmolLM2 share.
 pub const ARCHITECTURE: &str = "llama";
@@ -142,12 +143,19 @@ impl Shape {
         tensors
     }
 
-    /// Bytes of the KV cache: keys and values of `ctx` positions in every layer.
-    pub fn kv_bytes(&self, ctx: usize, bytes_per_value: usize) -> u64 {
-        let values = 2 * self.layers * self.kv_heads * self.head_dim;
-        (values as u64)
+    /// The type of keys and values where nobody asks for another.
+    pub fn kv_type(&self) -> BlockType {
+        BlockType::F16
+    }
+
+    /// Bytes of the KV cache: keys and values of `ctx` positions in every layer, as rows of `kind`, whose
+    /// blocks must fill a head.
+    pub fn kv_bytes(&self, ctx: usize, kind: BlockType) -> u64 {
+        let row = kind.row_bytes(self.head_dim).unwrap_or(0);
+        let rows = 2 * self.layers * self.kv_heads;
+        (rows as u64)
             .saturating_mul(ctx as u64)
-            .saturating_mul(bytes_per_value as u64)
+            .saturating_mul(row as u64)
     }
 
     /// Estimate of the scratch memory: what [`PROMPT_BATCH`] tokens keep between the steps of
@@ -163,10 +171,10 @@ impl Shape {
         4 * (4 * self.hidden + attention + 2 * self.experts_used * self.ffn) as u64
     }
 
-    /// RAM that keeps everything resident: weights, an f16 KV cache of `ctx` positions, scratch.
+    /// RAM that keeps everything resident: weights, the usual KV cache of `ctx` positions, scratch.
     pub fn ram_bytes(&self, weight_bytes: u64, ctx: usize) -> u64 {
         weight_bytes
-            .saturating_add(self.kv_bytes(ctx, 2))
+            .saturating_add(self.kv_bytes(ctx, self.kv_type()))
             .saturating_add(self.scratch_bytes())
     }
 }

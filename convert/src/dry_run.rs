@@ -130,7 +130,7 @@ impl DryRun {
 
 impl fmt::Display for DryRun {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let sizes = &self.plan.sizes;
+        let (shape, sizes) = (&self.plan.shape, &self.plan.sizes);
         let about = if self.without_tokenizer { "about " } else { "" };
         writeln!(f, "{} as {}", self.path.display(), self.mix)?;
         writeln!(
@@ -151,8 +151,8 @@ impl fmt::Display for DryRun {
             bytes(self.ram_bytes()),
             self.ctx,
             bytes(sizes.bytes_total()),
-            bytes(self.plan.shape.kv_bytes(self.ctx, 2)),
-            bytes(self.plan.shape.scratch_bytes())
+            bytes(shape.kv_bytes(self.ctx, shape.kv_type())),
+            bytes(shape.scratch_bytes())
         )?;
         writeln!(f)?;
         writeln!(

@@ -156,10 +156,12 @@ fn bits_per_weight_are_those_of_the_blocks() {
 #[test]
 fn mixtrals_kv_cache_takes_128_kib_a_token_in_f16() {
     let shape = Shape::from_metadata(&mixtral_8x7b()).unwrap();
-    assert_eq!(shape.kv_bytes(1, 2), 128 << 10);
-    assert_eq!(shape.kv_bytes(32768, 2), 4 << 30);
+    assert_eq!(shape.kv_bytes(1, BlockType::F16), 128 << 10);
+    assert_eq!(shape.kv_bytes(32768, BlockType::F16), 4 << 30);
+    assert_eq!(shape.kv_bytes(1, BlockType::Q8_0), 68 << 10);
+    assert_eq!(shape.kv_bytes(1, BlockType::Q4_0), 36 << 10);
     let weights = 26_000_000_000;
-    assert!(shape.ram_bytes(weights, 4096) > weights + shape.kv_bytes(4096, 2));
+    assert!(shape.ram_bytes(weights, 4096) > weights + shape.kv_bytes(4096, shape.kv_type()));
     assert_eq!(shape.ram_bytes(weights, usize::MAX), u64::MAX);
 }
 

@@ -14,6 +14,7 @@ use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use crate::engine::{ActivationMode, Engine, Options};
 use crate::gguf::Gguf;
 use crate::kernels::Kernels;
+use crate::model::KvKind;
 use crate::perplexity::{Chunks, Estimate};
 use crate::quant::BlockType;
 use crate::sampler::Settings;
@@ -59,6 +60,9 @@ pub struct EngineArgs {
     /// How quantized weights meet the activations: f32 is the exact, slow reference
     #[arg(long, value_enum, default_value_t = Activations::Int8)]
     activations: Activations,
+    /// How keys and values of the context are kept [default: f16; f32 where all else is exact]
+    #[arg(long, value_enum, value_name = "TYPE")]
+    kv: Option<Kv>,
 }
 
 /// Wrong usage that shows only after the arguments are parsed: the command exits with 2.
@@ -103,6 +107,29 @@ pub enum Activations {
     Int8,
     /// 32-bit floats
     F32,
+}
+
+/// See [`KvKind`].
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Kv {
+    /// 16-bit floats
+    F16,
+    /// Blocks of 8 bits
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// Blocks of 4 bits
+    #[value(name = "q4_0")]
+    Q4_0,
+}
+
+impl From<Kv> for KvKind {
+    fn from(kv: Kv) -> Self {
+        match kv {
+            Kv::F16 => Self::F16,
+            Kv::Q8_0 => Self::Q8_0,
+            Kv::Q4_0 => Self::Q4_0,
+        }
+    }
 }
 
 /// How tokens are chosen.
@@ -188,20 +215,26 @@ impl EngineArgs {
             Activations::Int8 => ActivationMode::Int8,
             Activations::F32 => ActivationMode::F32,
         };
-        self.load_with(path, activations)
+        self.load_with(path, activations, self.kv.map(KvKind::from))
     }
 
     /// Loads the model that others are measured against: it runs exactly, whatever it holds.
     pub fn load_base(&self, path: &Path) -> anyhow::Result<Arc<Engine>> {
-        self.load_with(path, ActivationMode::F32)
+        self.load_with(path, ActivationMode::F32, None)
     }
 
-    fn load_with(&self, path: &Path, activations: ActivationMode) -> anyhow::Result<Arc<Engine>> {
+    fn load_with(
+        &self,
+        path: &Path,
+        activations: ActivationMode,
+        kv: Option<KvKind>,
+    ) -> anyhow::Result<Arc<Engine>> {
         let options = Options {
             threads: self.threads.count(),
             cpus: self.cpu_mask.clone(),
             kernels: self.kernels.clone(),
             activations,
+            kv,
         };
         Ok(Engine::load(path, &options)?)
     }

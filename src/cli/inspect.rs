@@ -160,10 +160,11 @@ impl Report {
         match &self.shape {
             Ok(shape) => writeln!(
                 out,
-                "a token works with {} parameters and reads {}; its keys and values take {} in f16",
+                "a token works with {} parameters and reads {}; its keys and values take {} as {}",
                 count(sizes.params_active()),
                 bytes(sizes.active_bytes_per_token()),
-                bytes(shape.kv_bytes(1, 2)),
+                bytes(shape.kv_bytes(1, shape.kv_type())),
+                shape.kv_type(),
             ),
             Err(reason) => writeln!(out, "not a model that fewbit runs: {reason}"),
         }

@@ -19,7 +19,7 @@ use std::arch::x86_64::*;
 use bytemuck::Zeroable;
 
 use super::x86::{SuperBlock, each_row, entry, half_bits, load_16, prefetch_ahead};
-use super::{Activation, DotRows, Kernels, Tile, avx2, avx512_tiles};
+use super::{Activation, DotRows, Kernels, Tile, avx2, avx512_tiles, floats};
 use crate::quant::{
     Block, BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
     BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockType, F16, IQ4_VALUES, MXFP4_DOUBLED,
@@ -33,7 +33,7 @@ static KERNELS: Kernels = Kernels {
     exact: avx2::exact,
     exact_tile,
     quantize: avx2::quantize,
-    axpy_f16: avx2::axpy_f16,
+    floats: &floats::AVX512,
 };
 
 /// The AVX-512 table, if this CPU can run it.

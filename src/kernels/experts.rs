@@ -96,9 +96,7 @@ pub fn feed_forward(
             for ((route, gates), ups) in some.clone().zip(&gates.sums).zip(&ups.sums) {
                 // SAFETY: tasks differ in expert (and so in route) or in columns.
                 let mut part = unsafe { parts.columns(route, start, range.len()) };
-                for ((h, gate), up) in part.x.iter_mut().zip(gates).zip(ups) {
-                    *h = silu(*gate) * *up;
-                }
+                (kernels.floats.swiglu)(&gates[..range.len()], &ups[..range.len()], part.x);
                 part.quantize(kernels);
             }
         }
@@ -128,9 +126,4 @@ pub fn feed_forward(
             }
         }
     });
-}
-
-/// `x · sigmoid(x)`.
-fn silu(x: f32) -> f32 {
-    x / (1.0 + (-x).exp())
 }

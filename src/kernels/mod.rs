@@ -14,6 +14,7 @@
 //! of a prompt.
 
 pub mod activations;
+pub mod attention;
 #[cfg(target_arch = "x86_64")]
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -23,6 +24,8 @@ mod avx512_panels;
 #[cfg(target_arch = "x86_64")]
 mod avx512_tiles;
 pub mod experts;
+pub mod floats;
+mod lanes;
 pub mod limits;
 pub mod linear;
 #[cfg(target_arch = "aarch64")]
@@ -34,6 +37,7 @@ pub mod unpack;
 mod x86;
 
 pub use activations::{Activation, Activations};
+pub use floats::Floats;
 pub use tiles::{TILE_ROWS, TILE_TOKENS, Tile};
 
 use crate::quant::BlockType;
@@ -75,8 +79,8 @@ pub struct Kernels {
     pub exact_tile: fn(BlockType) -> Option<Tile>,
     /// Quantizes activations: see [`activations::quantize`].
     pub quantize: Quantize,
-    /// `acc[i] += a · y[i]` (a weight times a value vector).
-    pub axpy_f16: fn(a: f32, y: &[half::f16], acc: &mut [f32]),
+    /// What works on floats between the products.
+    pub floats: &'static Floats,
 }
 
 impl Kernels {

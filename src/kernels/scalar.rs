@@ -12,11 +12,9 @@
 //! The order is fixed: a row's result depends on nothing but the row and the activations. It
 //! also keeps sums short, so that a row of 14336 columns loses little to rounding.
 
-use half::f16;
-
 use super::tiles::{self, TILE_ROWS, Tile};
 use super::unpack::{GROUP, Unpack};
-use super::{Activation, DotRows, Kernels, activations};
+use super::{Activation, DotRows, Kernels, activations, floats};
 use crate::quant::{
     BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
     BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockType,
@@ -31,7 +29,7 @@ pub static KERNELS: Kernels = Kernels {
     exact: |_| dot_decoded,
     exact_tile: |_| Some(tile_decoded),
     quantize: activations::quantize,
-    axpy_f16,
+    floats: &floats::SCALAR,
 };
 
 /// Weights in the largest block: what a buffer for one block, or for several small ones, holds.
@@ -161,11 +159,5 @@ impl Lanes {
             }
         }
         self.0[0]
-    }
-}
-
-fn axpy_f16(a: f32, y: &[f16], acc: &mut [f32]) {
-    for (acc, y) in acc.iter_mut().zip(y) {
-        *acc += a * y.to_f32();
     }
 }

@@ -212,13 +212,6 @@ pub(super) fn half_bits(half: F16) -> u16 {
     u16::from_le_bytes(bytemuck::cast(half))
 }
 
-/// Halves as `half` has them, as those of blocks.
-#[inline]
-pub(super) fn as_blocks(halves: &[half::f16]) -> &[F16] {
-    // SAFETY: both are 16 bits of the same format, any bits are valid, and F16's alignment is 1.
-    unsafe { std::slice::from_raw_parts(halves.as_ptr().cast(), halves.len()) }
-}
-
 /// A half in 8 lanes of f32.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]

@@ -1,6 +1,6 @@
 //! The forward pass, on one screen.
 
-use super::attention::{attend, rotate};
+use super::attention::Attention;
 use super::moe::choose;
 use super::{KvCache, Model, State};
 use crate::kernels::experts::feed_forward;
@@ -21,11 +21,29 @@ pub struct Slot<'a> {
     pub logits_from: usize,
 }
 
-/// A token of the batch: its timeline and its position there.
+/// Tokens of the batch that follow each other in one timeline.
 #[derive(Clone, Copy)]
-pub(super) struct Row {
+pub(super) struct Span {
+    /// Their timeline.
     pub(super) slot: usize,
+    /// The first one's row in the batch.
+    pub(super) row: usize,
+    /// The first one's position in the timeline.
     pub(super) position: usize,
+    /// How many there are.
+    pub(super) tokens: usize,
+}
+
+impl Span {
+    /// The same tokens in spans of at most `most`.
+    pub(super) fn cut(self, most: usize) -> impl Iterator<Item = Self> {
+        (0..self.tokens).step_by(most).map(move |start| Self {
+            row: self.row + start,
+            position: self.position + start,
+            tokens: most.min(self.tokens - start),
+            ..self
+        })
+    }
 }
 
 /// Runs a batch through the model: appends each slot's tokens to its cache and leaves the
@@ -45,57 +63,48 @@ pub fn forward(
 ) {
     let (config, weights) = (&model.config, &model.weights);
     let shape = &config.shape;
-    let (hidden, head_dim) = (shape.hidden, shape.head_dim);
-    let (q_dim, kv_dim) = (shape.heads * head_dim, shape.kv_heads * head_dim);
+    let hidden = shape.hidden;
+    let kv_dim = shape.kv_heads * shape.head_dim;
+    let (norm, eps) = (kernels.floats.norm, config.norm_eps);
     let s = state;
 
     // Which rows there are, and which of them need logits.
-    let (mut rows, mut tokens, mut outputs, mut caches) =
+    let (mut spans, mut tokens, mut outputs, mut caches) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for (
-        slot,
-        Slot {
-            cache,
-            tokens: new,
-            logits_from,
-        },
-    ) in slots.into_iter().enumerate()
-    {
-        outputs.extend((logits_from..new.len()).map(|index| rows.len() + index));
-        rows.extend((0..new.len()).map(|index| Row {
+    for (slot, part) in slots.into_iter().enumerate() {
+        let (row, position) = (tokens.len(), part.cache.len);
+        spans.push(Span {
             slot,
-            position: cache.len + index,
-        }));
-        tokens.extend_from_slice(new);
-        assert!(
-            cache.len + new.len() <= cache.capacity(),
-            "the cache is full"
-        );
-        caches.push(cache);
+            row,
+            position,
+            tokens: part.tokens.len(),
+        });
+        outputs.extend((part.logits_from..part.tokens.len()).map(|index| row + index));
+        tokens.extend_from_slice(part.tokens);
+        part.cache.len += part.tokens.len();
+        assert!(part.cache.len <= part.cache.capacity(), "the cache is full");
+        caches.push(part.cache);
     }
-    let n = rows.len();
+    let n = tokens.len();
     assert!(n <= s.batch, "a batch of {n} tokens where {} fit", s.batch);
-    for row in &rows {
-        caches[row.slot].len = row.position + 1;
-    }
 
     // x [n, hidden] = rows of the embedding
     pool.chunks(&mut s.x[..n * hidden], hidden, |t, x| {
         weights.token_embd.all().decode(tokens[t] as usize, x)
     });
-    // turns [n, dims / 2] = cosines and sines of each position
-    pool.chunks(
-        &mut s.turns[..n * config.rope.dims / 2],
-        config.rope.dims / 2,
-        |t, turns| {
-            model.rope.turns(rows[t].position, turns);
-        },
-    );
+    // turns [n, pairs] = cosines and sines of each position
+    let pairs = config.rope.dims / 2;
+    for span in &spans {
+        let turns = &mut s.turns[span.row * pairs..(span.row + span.tokens) * pairs];
+        pool.chunks(turns, pairs, |t, turns| {
+            model.rope.turns(span.position + t, turns)
+        });
+    }
 
     for (l, layer) in weights.layers.iter().enumerate() {
         // q [n, heads · head_dim], k and v [n, kv_heads · head_dim] = norm(x) · Wᵀ
         s.normed.fill(pool, kernels, n, |t, out| {
-            norm(row(&s.x, t, hidden), &layer.attn_norm, config.norm_eps, out)
+            norm(row(&s.x, t, hidden), &layer.attn_norm, eps, out)
         });
         let products = &mut [
             (&layer.q, &mut s.q[..]),
@@ -104,23 +113,23 @@ pub fn forward(
         ];
         linear(pool, kernels, phase, &s.normed, Into::Set, products);
 
-        // RoPE, and the new keys and values into the caches
-        let turns = &s.turns;
-        pool.chunks(&mut s.q[..n * q_dim], q_dim, |t, q| {
-            rotate(q, head_dim, row(turns, t, config.rope.dims / 2))
-        });
-        pool.chunks(&mut s.k[..n * kv_dim], kv_dim, |t, k| {
-            rotate(k, head_dim, row(turns, t, config.rope.dims / 2))
-        });
-        for (t, &Row { slot, position }) in rows.iter().enumerate() {
-            caches[slot].store(l, position, row(&s.k, t, kv_dim), row(&s.v, t, kv_dim));
+        // k, rotated, and v into the caches
+        for (span, cache) in spans.iter().zip(&mut caches) {
+            let of = |cols: usize| span.row * cols..(span.row + span.tokens) * cols;
+            let (k, v, turns) = (&s.k[of(kv_dim)], &s.v[of(kv_dim)], &s.turns[of(pairs)]);
+            cache.store(pool, kernels, l, span.position, k, v, turns);
         }
 
         // x += attention(q, cache) · Woᵀ
-        attend(pool, kernels, config, l, &rows, &caches, &s.q, &mut s.mixed);
-        s.attended.fill(pool, kernels, n, |t, out| {
-            out.copy_from_slice(row(&s.mixed, t, q_dim))
-        });
+        let attention = Attention {
+            config,
+            layer: l,
+            spans: &spans,
+            caches: &caches,
+            q: &s.q,
+            turns: &s.turns,
+        };
+        attention.compute(pool, kernels, phase, &mut s.results, &mut s.attended);
         linear(
             pool,
             kernels,
@@ -132,7 +141,7 @@ pub fn forward(
 
         // x += Σ weight · expert(norm(x)); dense is one expert of weight 1
         s.normed.fill(pool, kernels, n, |t, out| {
-            norm(row(&s.x, t, hidden), &layer.ffn_norm, config.norm_eps, out)
+            norm(row(&s.x, t, hidden), &layer.ffn_norm, eps, out)
         });
         let used = shape.experts_used;
         if let Some(router) = &layer.router {
@@ -161,7 +170,7 @@ pub fn forward(
         norm(
             row(&s.x, outputs[i], hidden),
             &weights.output_norm,
-            config.norm_eps,
+            eps,
             out,
         );
     });
@@ -179,14 +188,4 @@ pub fn forward(
 /// Row `t` of a matrix of `cols` columns.
 fn row<T>(matrix: &[T], t: usize, cols: usize) -> &[T] {
     &matrix[t * cols..(t + 1) * cols]
-}
-
-/// RMS norm: `out = x / √(mean(x²) + ε) · weight`.
-fn norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    // In f64: thousands of squares, and every later number hangs on this one.
-    let squares: f64 = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-    let scale = (1.0 / (squares / x.len() as f64 + f64::from(eps)).sqrt()) as f32;
-    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-        *out = x * scale * weight;
-    }
 }

@@ -1,6 +1,7 @@
 //! Configuration, weights, state and the forward pass.
 
 mod attention;
+mod cache;
 mod config;
 mod forward;
 mod moe;
@@ -9,10 +10,11 @@ mod weights;
 
 use std::path::PathBuf;
 
+pub use cache::{KvCache, KvKind};
 pub use config::{Config, RopeConfig};
-use forward::Row;
+use forward::Span;
 pub use forward::{Slot, forward};
-pub use state::{KvCache, KvKind, State};
+pub use state::State;
 pub use weights::{Layer, Weights};
 
 use crate::gguf::{self, Gguf};

@@ -2,12 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use half::f16;
-
-use super::{load_f32, load_u8, store_f32, sum_four};
+use super::{load_f32, load_u8, sum_four};
 use crate::kernels::Activation;
 use crate::kernels::scalar::decode_pieces;
-use crate::kernels::x86::{as_blocks, broadcast_f16, load_16};
+use crate::kernels::x86::load_16;
 use crate::quant::{BF16, F16, F32};
 use crate::tensor::Rows;
 
@@ -115,23 +113,4 @@ pub(super) fn dot_decoded(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
         decode_pieces(rows, index, x.x, |weights, x| sum.add(weights, x));
         *out = sum.sum();
     }
-}
-
-/// See [`crate::kernels::Kernels::axpy_f16`].
-pub(in crate::kernels) fn axpy_f16(a: f32, y: &[f16], acc: &mut [f32]) {
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn inner(a: f32, y: &[F16], acc: &mut [f32]) {
-        let ((y, y_rest), (acc, acc_rest)) = (y.as_chunks::<8>(), acc.as_chunks_mut::<8>());
-        let wide_a = _mm256_set1_ps(a);
-        for (y, acc) in y.iter().zip(acc) {
-            // SAFETY: this function has the features.
-            let y = unsafe { F16::widen(y) };
-            store_f32(acc, _mm256_fmadd_ps(wide_a, y, load_f32(acc)));
-        }
-        for (y, acc) in y_rest.iter().zip(acc_rest) {
-            *acc = a.mul_add(_mm256_cvtss_f32(broadcast_f16(*y)), *acc);
-        }
-    }
-    // SAFETY: the table is only handed out where the CPU has the features.
-    unsafe { inner(a, as_blocks(y), acc) }
 }

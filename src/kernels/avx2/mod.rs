@@ -33,7 +33,6 @@ mod tiles;
 
 pub(super) use activations::quantize;
 pub(super) use float_tiles::tile_512;
-pub(super) use floats::axpy_f16;
 
 static AVX2: Kernels = table::<Maddubs>("avx2");
 static AVX_VNNI: Kernels = table::<Vnni>("avxvnni");
@@ -46,7 +45,7 @@ const fn table<M: Multiply>(name: &'static str) -> Kernels {
         exact,
         exact_tile,
         quantize,
-        axpy_f16,
+        floats: &super::floats::AVX2,
     }
 }
 
