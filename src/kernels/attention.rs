@@ -151,7 +151,12 @@ pub(super) fn tile<S: Simd, const W: usize>(
             row: width,
             col: 1,
         };
-        multiply::<S, W>(s, (n, dim, lanes), keys, q, lanes, scores, lanes);
+        let q = Matrix {
+            x: &*q,
+            row: lanes,
+            rows: dim,
+        };
+        multiply::<S, f32, W>(s, (n, lanes), keys, q, scores, lanes);
         if last.start > start || first.end < end {
             for lane in 0..lanes {
                 let seen = queries.seen((lane / queries.group).min(tokens - 1));
@@ -167,7 +172,12 @@ pub(super) fn tile<S: Simd, const W: usize>(
             row: 1,
             col: width,
         };
-        multiply::<S, W>(s, (width, n, lanes), values, scores, lanes, mixed, lanes);
+        let weights = Matrix {
+            x: &*scores,
+            row: lanes,
+            rows: n,
+        };
+        multiply::<S, f32, W>(s, (width, lanes), values, weights, mixed, lanes);
     }
     for lane in (0..lanes).step_by(16) {
         let total = s.load(sixteen(totals, lane));
@@ -262,18 +272,11 @@ pub(super) fn segment<S: Simd, const W: usize, const P: usize>(
         let (start, end) = (start.max(block * BLOCK), end.min((block + 1) * BLOCK));
         scores.fill(f32::NEG_INFINITY);
         for from in (start..end).step_by(STEP) {
-            let n = STEP.min(end - from);
-            expand(s, head.keys.slice(from..from + n), panel, width);
+            let keys = head.keys.slice(from..end.min(from + STEP));
             let scores = &mut scores[from - start..];
-            for first in (0..group).step_by(4) {
-                let q = &queries.q[first * width..];
-                let scores = &mut scores[first * BLOCK..];
-                match group - first {
-                    1 => dots::<S, 1, P>(s, q, panel, width, n, scores),
-                    2 => dots::<S, 2, P>(s, q, panel, width, n, scores),
-                    3 => dots::<S, 3, P>(s, q, panel, width, n, scores),
-                    _ => dots::<S, 4, P>(s, q, panel, width, n, scores),
-                }
+            match halves(keys) {
+                Some(keys) => score::<S, F16, P>(s, queries, keys, scores),
+                None => score::<S, f32, P>(s, queries, expanded(s, keys, panel, width), scores),
             }
         }
         for (scores, out) in scores
@@ -283,14 +286,68 @@ pub(super) fn segment<S: Simd, const W: usize, const P: usize>(
             weigh_one(s, scores, out, width);
         }
         for from in (start..end).step_by(STEP) {
-            let n = STEP.min(end - from);
-            expand(s, head.values.slice(from..from + n), panel, width);
+            let values = head.values.slice(from..end.min(from + STEP));
             let weights = Factor {
                 x: &scores[from - start..],
                 row: BLOCK,
                 col: 1,
             };
-            multiply::<S, W>(s, (group, n, width), weights, panel, width, out, row);
+            match halves(values) {
+                Some(values) => multiply::<S, F16, W>(s, (group, width), weights, values, out, row),
+                None => {
+                    let values = expanded(s, values, panel, width);
+                    multiply::<S, f32, W>(s, (group, width), weights, values, out, row);
+                }
+            }
+        }
+    }
+}
+
+/// The rows of F16 vectors of whole registers, which are widened as they are loaded: few queries meet them,
+/// and expanding them would cost more.
+#[inline(always)]
+fn halves(rows: Rows<'_>) -> Option<Matrix<'_, F16>> {
+    let fits = rows.kind == BlockType::F16 && rows.cols.is_multiple_of(16);
+    fits.then(|| Matrix {
+        x: bytemuck::cast_slice(rows.bytes),
+        row: rows.cols,
+        rows: rows.len(),
+    })
+}
+
+/// The rows of any type, expanded into `panel`.
+#[inline(always)]
+fn expanded<'a, S: Simd>(
+    s: S,
+    rows: Rows<'_>,
+    panel: &'a mut [f32],
+    width: usize,
+) -> Matrix<'a, f32> {
+    expand(s, rows, panel, width);
+    Matrix {
+        x: panel,
+        row: width,
+        rows: rows.len(),
+    }
+}
+
+/// The scores of one token's queries and a step's keys, `[group]` rows of [`BLOCK`].
+#[inline(always)]
+fn score<S: Simd, T: Element, const P: usize>(
+    s: S,
+    queries: &Queries<'_>,
+    keys: Matrix<'_, T>,
+    scores: &mut [f32],
+) {
+    let (group, width) = (queries.group, keys.row);
+    for first in (0..group).step_by(4) {
+        let q = &queries.q[first * width..];
+        let scores = &mut scores[first * BLOCK..];
+        match group - first {
+            1 => dots::<S, T, 1, P>(s, q, keys, scores),
+            2 => dots::<S, T, 2, P>(s, q, keys, scores),
+            3 => dots::<S, T, 3, P>(s, q, keys, scores),
+            _ => dots::<S, T, 4, P>(s, q, keys, scores),
         }
     }
 }
@@ -362,59 +419,76 @@ pub(super) fn merge<S: Simd>(s: S, partials: &[f32], stride: usize, out: &mut [f
 /// Expands rows into `panel [rows][width]`, filled up with zeros.
 #[inline(always)]
 fn expand<S: Simd>(s: S, rows: Rows<'_>, panel: &mut [f32], width: usize) {
+    let vectors = rows
+        .bytes
+        .chunks_exact(rows.stride)
+        .zip(panel.chunks_exact_mut(width));
     match rows.kind {
         BlockType::F16 => {
-            for i in 0..rows.len() {
-                let row: &[F16] = bytemuck::cast_slice(rows.row(i));
-                let (wholes, rest) = row.as_chunks::<16>();
-                for j in 0..wholes.len() {
-                    s.store(s.halves(&wholes[j]), sixteen_mut(panel, i * width + 16 * j));
+            for (row, out) in vectors {
+                let row: &[F16] = bytemuck::cast_slice(row);
+                let ((wholes, rest), out) = (row.as_chunks::<16>(), out.as_chunks_mut::<16>().0);
+                for (halves, out) in wholes.iter().zip(&mut *out) {
+                    s.store(s.halves(halves), out);
                 }
                 if !rest.is_empty() {
                     let mut last = [F16::default(); 16];
                     last[..rest.len()].copy_from_slice(rest);
-                    s.store(s.halves(&last), sixteen_mut(panel, (i + 1) * width - 16));
+                    s.store(s.halves(&last), &mut out[wholes.len()]);
                 }
             }
         }
         BlockType::Q8_0 => {
-            for i in 0..rows.len() {
-                let row: &[BlockQ8_0] = bytemuck::cast_slice(rows.row(i));
-                for j in 0..row.len() {
-                    let (scale, codes) = (s.splat(row[j].d.to_f32()), row[j].qs.as_chunks().0);
-                    let at = i * width + 32 * j;
-                    s.store(s.mul(s.bytes(&codes[0]), scale), sixteen_mut(panel, at));
-                    s.store(
-                        s.mul(s.bytes(&codes[1]), scale),
-                        sixteen_mut(panel, at + 16),
-                    );
+            for (row, out) in vectors {
+                let row: &[BlockQ8_0] = bytemuck::cast_slice(row);
+                for (block, out) in row
+                    .iter()
+                    .zip(out.as_chunks_mut::<16>().0.as_chunks_mut::<2>().0)
+                {
+                    let [low, high] = block.qs.as_chunks::<16>().0 else {
+                        unreachable!()
+                    };
+                    store_block(s, s.half(block.d), low, high, out);
                 }
             }
         }
         BlockType::Q4_0 => {
-            for i in 0..rows.len() {
-                let row: &[BlockQ4_0] = bytemuck::cast_slice(rows.row(i));
-                for j in 0..row.len() {
-                    let scale = s.splat(row[j].d.to_f32());
+            for (row, out) in vectors {
+                let row: &[BlockQ4_0] = bytemuck::cast_slice(row);
+                for (block, out) in row
+                    .iter()
+                    .zip(out.as_chunks_mut::<16>().0.as_chunks_mut::<2>().0)
+                {
                     let (mut low, mut high) = ([0; 16], [0; 16]);
                     for k in 0..16 {
-                        low[k] = (row[j].qs[k] & 15) as i8 - 8;
-                        high[k] = (row[j].qs[k] >> 4) as i8 - 8;
+                        low[k] = (block.qs[k] & 15) as i8 - 8;
+                        high[k] = (block.qs[k] >> 4) as i8 - 8;
                     }
-                    let at = i * width + 32 * j;
-                    s.store(s.mul(s.bytes(&low), scale), sixteen_mut(panel, at));
-                    s.store(s.mul(s.bytes(&high), scale), sixteen_mut(panel, at + 16));
+                    store_block(s, s.half(block.d), &low, &high, out);
                 }
             }
         }
         _ => {
-            for i in 0..rows.len() {
-                let (weights, rest) = panel[i * width..(i + 1) * width].split_at_mut(rows.cols);
-                rows.decode(i, weights);
+            for (row, out) in vectors {
+                let (weights, rest) = out.split_at_mut(rows.cols);
+                rows.kind.decode_row(row, weights);
                 rest.fill(0.0);
             }
         }
     }
+}
+
+/// Stores the 32 weights of a block with a scale.
+#[inline(always)]
+fn store_block<S: Simd>(
+    s: S,
+    scale: S::F,
+    low: &[i8; 16],
+    high: &[i8; 16],
+    out: &mut [[f32; 16]; 2],
+) {
+    s.store(s.mul(s.bytes(low), scale), &mut out[0]);
+    s.store(s.mul(s.bytes(high), scale), &mut out[1]);
 }
 
 /// Transposes `x [rows][width]` into `out [width][lanes]`; the lanes behind the last row are 0.
@@ -442,22 +516,54 @@ struct Factor<'a> {
     col: usize,
 }
 
+/// `rows` rows that are loaded sixteen elements at a time, `row` elements apart.
+#[derive(Clone, Copy)]
+struct Matrix<'a, T> {
+    x: &'a [T],
+    row: usize,
+    rows: usize,
+}
+
+/// What a [`Matrix`] holds.
+trait Element: Copy {
+    /// Sixteen elements as f32.
+    ///
+    /// # Safety
+    /// There are sixteen from `from` on.
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::F;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const f32) -> S::F {
+        // SAFETY: the caller's.
+        s.load(unsafe { &*from.cast() })
+    }
+}
+
+impl Element for F16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const F16) -> S::F {
+        // SAFETY: the caller's.
+        s.halves(unsafe { &*from.cast() })
+    }
+}
+
 /// `c [rows][lanes] += a [rows][depth] · b [depth][lanes]`, each element a chain of sums in ascending order.
-/// `b_row` and `c_row` are the distances of their rows; `lanes` is a multiple of 16.
+/// The rows of `c` are `c_row` apart; `lanes` is a multiple of 16.
 #[inline(always)]
-fn multiply<S: Simd, const W: usize>(
+fn multiply<S: Simd, T: Element, const W: usize>(
     s: S,
-    (rows, depth, lanes): (usize, usize, usize),
+    (rows, lanes): (usize, usize),
     a: Factor<'_>,
-    b: &[f32],
-    b_row: usize,
+    b: Matrix<'_, T>,
     c: &mut [f32],
     c_row: usize,
 ) {
+    let depth = b.rows;
     assert!(rows > 0 && depth > 0 && lanes.is_multiple_of(16));
     assert!(a.x.len() > (rows - 1) * a.row + (depth - 1) * a.col);
-    assert!(b.len() >= (depth - 1) * b_row + lanes && c.len() >= (rows - 1) * c_row + lanes);
-    let (a_row, a_col) = (a.row, a.col);
+    assert!(b.x.len() >= (depth - 1) * b.row + lanes && c.len() >= (rows - 1) * c_row + lanes);
     let mut lane = 0;
     while lane < lanes {
         let wide = lanes - lane >= 16 * W;
@@ -465,19 +571,16 @@ fn multiply<S: Simd, const W: usize>(
             // SAFETY: rows `row..row + I` and lanes `lane..lane + 16 · W` (or 16) are inside, and the
             // matrices are as large as the assertions say.
             unsafe {
-                let a = a.x.as_ptr().add(row * a_row);
-                let b = b.as_ptr().add(lane);
-                let c = c.as_mut_ptr().add(row * c_row + lane);
-                let n = rows - row;
-                match (wide, n) {
-                    (true, 1) => product::<S, 1, W>(s, depth, a, a_row, a_col, b, b_row, c, c_row),
-                    (true, 2) => product::<S, 2, W>(s, depth, a, a_row, a_col, b, b_row, c, c_row),
-                    (true, 3) => product::<S, 3, W>(s, depth, a, a_row, a_col, b, b_row, c, c_row),
-                    (true, _) => product::<S, 4, W>(s, depth, a, a_row, a_col, b, b_row, c, c_row),
-                    (false, 1) => product::<S, 1, 1>(s, depth, a, a_row, a_col, b, b_row, c, c_row),
-                    (false, 2) => product::<S, 2, 1>(s, depth, a, a_row, a_col, b, b_row, c, c_row),
-                    (false, 3) => product::<S, 3, 1>(s, depth, a, a_row, a_col, b, b_row, c, c_row),
-                    (false, _) => product::<S, 4, 1>(s, depth, a, a_row, a_col, b, b_row, c, c_row),
+                let at = (row, lane);
+                match (wide, rows - row) {
+                    (true, 1) => product::<S, T, 1, W>(s, at, a, b, c, c_row),
+                    (true, 2) => product::<S, T, 2, W>(s, at, a, b, c, c_row),
+                    (true, 3) => product::<S, T, 3, W>(s, at, a, b, c, c_row),
+                    (true, _) => product::<S, T, 4, W>(s, at, a, b, c, c_row),
+                    (false, 1) => product::<S, T, 1, 1>(s, at, a, b, c, c_row),
+                    (false, 2) => product::<S, T, 2, 1>(s, at, a, b, c, c_row),
+                    (false, 3) => product::<S, T, 3, 1>(s, at, a, b, c, c_row),
+                    (false, _) => product::<S, T, 4, 1>(s, at, a, b, c, c_row),
                 }
             }
         }
@@ -485,38 +588,37 @@ fn multiply<S: Simd, const W: usize>(
     }
 }
 
-/// [`multiply`] for `I` rows and `W` registers of lanes, the sums in registers.
+/// [`multiply`] for `I` rows and `W` registers of lanes from `(row, lane)` on, the sums in registers.
 ///
 /// # Safety
-/// The pointers are to matrices of that many rows, lanes and depth.
+/// The matrices hold them.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // three matrices
-unsafe fn product<S: Simd, const I: usize, const W: usize>(
+unsafe fn product<S: Simd, T: Element, const I: usize, const W: usize>(
     s: S,
-    depth: usize,
-    a: *const f32,
-    a_row: usize,
-    a_col: usize,
-    b: *const f32,
-    b_row: usize,
-    c: *mut f32,
+    (row, lane): (usize, usize),
+    a: Factor<'_>,
+    b: Matrix<'_, T>,
+    c: &mut [f32],
     c_row: usize,
 ) {
     // SAFETY: the caller's.
     unsafe {
+        let (x, col) = (a.x.as_ptr().add(row * a.row), a.col);
+        let lines = b.x.as_ptr().add(lane);
+        let c = c.as_mut_ptr().add(row * c_row + lane);
         let mut sums = [[s.splat(0.0); W]; I];
         for i in 0..I {
             for w in 0..W {
-                sums[i][w] = s.load(&*c.add(i * c_row + 16 * w).cast());
+                sums[i][w] = f32::load(s, c.add(i * c_row + 16 * w));
             }
         }
-        for k in 0..depth {
+        for k in 0..b.rows {
             let mut line = [s.splat(0.0); W];
             for w in 0..W {
-                line[w] = s.load(&*b.add(k * b_row + 16 * w).cast());
+                line[w] = T::load(s, lines.add(k * b.row + 16 * w));
             }
             for i in 0..I {
-                let x = s.splat(*a.add(i * a_row + k * a_col));
+                let x = s.splat(*x.add(i * a.row + k * col));
                 for w in 0..W {
                     sums[i][w] = s.mul_add(x, line[w], sums[i][w]);
                 }
@@ -530,28 +632,32 @@ unsafe fn product<S: Simd, const I: usize, const W: usize>(
     }
 }
 
-/// `scores[i][p] = q[i] · keys[p]` for `I` heads and `n` positions; `P` keys are met at a time, so that
-/// queries are loaded once for them. `scores` has rows of [`BLOCK`].
+/// `scores[i][p] = q[i] · keys[p]` for `I` heads; `P` keys are met at a time, so that queries are loaded once
+/// for them. `scores` has rows of [`BLOCK`].
 #[inline(always)]
-fn dots<S: Simd, const I: usize, const P: usize>(
+fn dots<S: Simd, T: Element, const I: usize, const P: usize>(
     s: S,
     q: &[f32],
-    keys: &[f32],
-    width: usize,
-    n: usize,
+    keys: Matrix<'_, T>,
     scores: &mut [f32],
 ) {
     const { assert!(P == 1 || P == 4 && I <= 4) };
-    let (q, keys) = (&q[..I * width], &keys[..STEP * width]);
+    let (n, width) = (keys.rows, keys.row);
+    assert!(n > 0 && keys.x.len() >= n * width && width.is_multiple_of(16));
+    assert!(q.len() >= I * width && scores.len() >= (I - 1) * BLOCK + n);
     for first in (0..n).step_by(P) {
         let mut sums = [[s.splat(0.0); P]; I];
         for d in (0..width).step_by(16) {
             let mut k = [s.splat(0.0); P];
             for p in 0..P {
-                k[p] = s.load(sixteen(keys, (first + p) * width + d));
+                // Behind the last key, it is met again.
+                let key = (first + p).min(n - 1);
+                // SAFETY: there are `n` keys of `width` elements.
+                k[p] = unsafe { T::load(s, keys.x.as_ptr().add(key * width + d)) };
             }
             for i in 0..I {
-                let q = s.load(sixteen(q, i * width + d));
+                // SAFETY: there are `I` queries of `width` elements.
+                let q = unsafe { f32::load(s, q.as_ptr().add(i * width + d)) };
                 for p in 0..P {
                     sums[i][p] = s.mul_add(q, k[p], sums[i][p]);
                 }

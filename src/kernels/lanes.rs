@@ -48,6 +48,8 @@ pub(super) trait Simd: Copy {
     fn add_to_exponent(self, v: Self::F, t: Self::F) -> Self::F;
     /// Sixteen halves.
     fn halves(self, from: &[F16; 16]) -> Self::F;
+    /// A half in all lanes.
+    fn half(self, x: F16) -> Self::F;
     /// Sixteen signed bytes.
     fn bytes(self, from: &[i8; 16]) -> Self::F;
     /// The sum of all lanes: the upper half is added to the lower one until one is left.
@@ -191,6 +193,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn half(self, x: F16) -> [f32; 16] {
+        [x.to_f32(); 16]
+    }
+
+    #[inline(always)]
     fn bytes(self, from: &[i8; 16]) -> [f32; 16] {
         each!(|from| f32::from(from))
     }
@@ -224,6 +231,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::Simd;
+    use crate::kernels::x86::half_bits;
     use crate::quant::F16;
 
     /// Proof of AVX2, FMA and F16C: two registers of eight lanes.
@@ -331,6 +339,12 @@ mod x86 {
                     _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast())),
                 ]
             }
+        }
+
+        #[inline(always)]
+        fn half(self, x: F16) -> [__m256; 2] {
+            // SAFETY: `self` proves the features.
+            unsafe { [_mm256_cvtph_ps(_mm_set1_epi16(half_bits(x) as i16)); 2] }
         }
 
         #[inline(always)]
@@ -460,6 +474,12 @@ mod x86 {
         }
 
         #[inline(always)]
+        fn half(self, x: F16) -> __m512 {
+            // SAFETY: `self` proves the features.
+            unsafe { _mm512_cvtph_ps(_mm256_set1_epi16(half_bits(x) as i16)) }
+        }
+
+        #[inline(always)]
         fn bytes(self, from: &[i8; 16]) -> __m512 {
             // SAFETY: `self` proves the features; the array is as long as the load.
             unsafe {
@@ -509,6 +529,38 @@ mod x86 {
                 let v = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd::<1>(v));
                 _mm_cvtsd_f64(_mm_add_sd(v, _mm_unpackhi_pd(v, v)))
             }
+        }
+
+        #[inline(always)]
+        fn sums(self, v: [__m512; 16]) -> [f32; 16] {
+            let mut sums = [0.0; 16];
+            // SAFETY: `self` proves the features; the array is as long as the register.
+            unsafe {
+                // Halves onto halves, each step for twice as many sums a register.
+                let mut a = [_mm512_setzero_ps(); 8];
+                for i in 0..8 {
+                    let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(v[i], v[i + 8]);
+                    let high = _mm512_shuffle_f32x4::<0b11_10_11_10>(v[i], v[i + 8]);
+                    a[i] = _mm512_add_ps(low, high);
+                }
+                for i in 0..4 {
+                    let low = _mm512_shuffle_f32x4::<0b10_00_10_00>(a[i], a[i + 4]);
+                    let high = _mm512_shuffle_f32x4::<0b11_01_11_01>(a[i], a[i + 4]);
+                    a[i] = _mm512_add_ps(low, high);
+                }
+                for i in 0..2 {
+                    let low = _mm512_shuffle_ps::<0b01_00_01_00>(a[i], a[i + 2]);
+                    let high = _mm512_shuffle_ps::<0b11_10_11_10>(a[i], a[i + 2]);
+                    a[i] = _mm512_add_ps(low, high);
+                }
+                let low = _mm512_shuffle_ps::<0b10_00_10_00>(a[0], a[1]);
+                let high = _mm512_shuffle_ps::<0b11_01_11_01>(a[0], a[1]);
+                let all = _mm512_add_ps(low, high);
+                // Lane by lane the sums of 0 2 1 3 8 10 9 11 4 6 5 7 12 14 13 15.
+                let order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+                _mm512_storeu_ps(sums.as_mut_ptr(), _mm512_permutexvar_ps(order, all));
+            }
+            sums
         }
 
         #[inline(always)]
