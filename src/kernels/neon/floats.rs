@@ -1,10 +1,8 @@
-//! Products in f32: rows of floats, rows that are decoded first, and sums of value vectors.
+//! Products in f32: rows of floats, and rows that are decoded first.
 
 use std::arch::aarch64::*;
 
-use half::f16;
-
-use super::{load_f32, load_u8, store_f32, widen_half, widen_halves};
+use super::{load_f32, load_u8};
 use crate::kernels::Activation;
 use crate::kernels::scalar::decode_pieces;
 use crate::quant::{BF16, F16, F32};
@@ -131,22 +129,4 @@ pub(super) fn dot_decoded(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
         decode_pieces(rows, index, x.x, |weights, x| sum.add(weights, x));
         *out = sum.sum();
     }
-}
-
-/// See [`crate::kernels::Kernels::axpy_f16`].
-pub(super) fn axpy_f16(a: f32, y: &[f16], acc: &mut [f32]) {
-    #[target_feature(enable = "neon")]
-    fn inner(a: f32, y: &[F16], acc: &mut [f32]) {
-        let ((y, y_rest), (acc, acc_rest)) = (y.as_chunks::<4>(), acc.as_chunks_mut::<4>());
-        for (y, acc) in y.iter().zip(acc) {
-            store_f32(acc, vfmaq_n_f32(load_f32(acc), widen_halves(*y), a));
-        }
-        for (y, acc) in y_rest.iter().zip(acc_rest) {
-            *acc = a.mul_add(widen_half(*y), *acc);
-        }
-    }
-    // SAFETY: halves are 16 bits of the same format, any bits are valid, and F16's alignment is 1.
-    let y = unsafe { std::slice::from_raw_parts(y.as_ptr().cast(), y.len()) };
-    // SAFETY: every aarch64 has NEON.
-    unsafe { inner(a, y, acc) }
 }
