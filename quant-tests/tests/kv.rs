@@ -90,7 +90,7 @@ fn prompt_and_steps_agree_with_every_kind() {
         let (p, q) = (prompted(&engine, &tokens, &[]), stepped(&engine, &tokens));
         let mean = divergence(&p, &q, engine.shape().vocab);
         println!("{kind:?}: mean KL divergence of single steps from the prompt {mean:.1e}");
-        assert!(mean < 1e-4, "{kind:?}: {mean}");
+        assert!(mean < 1e-3, "{kind:?}: {mean}");
     }
 }
 
