@@ -121,7 +121,11 @@ fn as_seen(kind: BlockType, x: Activation<'_>) -> Vec<f64> {
         return x.x.iter().map(|&x| f64::from(x)).collect();
     }
     let value = |(i, &q): (usize, &i8)| f64::from(q) * f64::from(x.scales[i / SCALE_LEN]);
-    x.q.iter().enumerate().map(value).collect()
+    let mut seen: Vec<f64> = x.q.iter().enumerate().map(value).collect();
+    for loud in x.loud {
+        seen[loud.column as usize] += f64::from(loud.x);
+    }
+    seen
 }
 
 /// `Σ w·x` and `Σ |w·x|` of a row in f64.

@@ -12,6 +12,7 @@
 //! q      i8  × cols         round(x / scale), in -127..=127
 //! scales f32 × cols/32      max |x| / 127 over 32 columns, rounded up to 4 significant bits
 //! sums   i16 × cols/16      Σ q over 16 columns: what a block's minimum or offset is multiplied with
+//! loud   8 at most          columns that are kept apart, in f32, their codes being 0: see `loud`
 //! spans  64 B × cols/32     the same once more, a cache line for 32 columns, as tiles read them
 //! ```
 //!
@@ -22,6 +23,7 @@
 use bytemuck::Zeroable;
 
 use super::Kernels;
+use super::loud::{self, Loud, LoudColumns};
 use crate::threads::Pool;
 
 /// Columns that share a scale.
@@ -46,6 +48,8 @@ pub struct Activation<'a> {
     pub scales: &'a [f32],
     /// The sum of each 16 codes.
     pub sums: &'a [i16],
+    /// The columns that are kept out of the codes, in ascending order.
+    pub loud: &'a [Loud],
     /// The same, 32 columns a cache line.
     pub spans: &'a [Span],
 }
@@ -116,6 +120,7 @@ impl<'a> Activation<'a> {
             q: &[],
             scales: &[],
             sums: &[],
+            loud: &[],
             spans: &[],
         }
     }
@@ -129,6 +134,7 @@ pub struct Activations {
     q: Vec<i8>,
     scales: Vec<f32>,
     sums: Vec<i16>,
+    loud: Vec<LoudColumns>,
     spans: Vec<Span>,
     /// Spans from one row to the next.
     span_stride: usize,
@@ -150,6 +156,7 @@ impl Activations {
             q: vec![0; coded],
             scales: vec![0.0; coded / SCALE_LEN],
             sums: vec![0; coded / SUM_LEN],
+            loud: vec![LoudColumns::new(); capacity],
             spans: bytemuck::zeroed_vec(if coded > 0 { capacity * span_stride } else { 0 }),
             span_stride,
         }
@@ -178,12 +185,13 @@ impl Activations {
             q: &self.q[span(self.cols)],
             scales: &self.scales[span(self.cols / SCALE_LEN)],
             sums: &self.sums[span(self.cols / SUM_LEN)],
+            loud: &self.loud[index],
             spans: &self.spans[index * self.span_stride..][..self.cols / SCALE_LEN],
         }
     }
 
     /// Sets the number of rows and fills them: `write(i, x)` writes row `i`'s activations,
-    /// which are then quantized. Rows are independent and spread over the pool.
+    /// which are then quantized, loud columns apart. Rows are independent and spread over the pool.
     pub fn fill(
         &mut self,
         pool: &Pool,
@@ -198,18 +206,20 @@ impl Activations {
         let parts = self.parts();
         pool.run(rows, &|row| {
             // SAFETY: each row is claimed by one task, and rows do not overlap.
-            let mut part = unsafe { parts.columns(row, 0, cols) };
+            let (mut part, loud) = unsafe { (parts.columns(row, 0, cols), parts.loud(row)) };
             write(row, part.x);
             if coded {
-                part.quantize(kernels);
+                part.quantize_apart(kernels, loud);
             }
         });
     }
 
-    /// Sets the number of rows, to be filled through [`Activations::parts`].
+    /// Sets the number of rows, to be filled through [`Activations::parts`], where no column is
+    /// kept apart.
     pub(crate) fn resize(&mut self, rows: usize) {
         assert!(rows * self.cols <= self.x.len(), "{rows} rows do not fit");
         self.rows = rows;
+        self.loud[..rows].iter_mut().for_each(LoudColumns::clear);
     }
 
     /// A handle through which several tasks fill disjoint columns of the rows.
@@ -222,6 +232,7 @@ impl Activations {
             q: self.q.as_mut_ptr(),
             scales: self.scales.as_mut_ptr(),
             sums: self.sums.as_mut_ptr(),
+            loud: self.loud.as_mut_ptr(),
             spans: self.spans.as_mut_ptr(),
             span_stride: self.span_stride,
             _storage: std::marker::PhantomData,
@@ -239,6 +250,7 @@ pub(crate) struct Parts<'a> {
     q: *mut i8,
     scales: *mut f32,
     sums: *mut i16,
+    loud: *mut LoudColumns,
     spans: *mut Span,
     span_stride: usize,
     _storage: std::marker::PhantomData<&'a mut Activations>,
@@ -290,6 +302,17 @@ impl<'a> Parts<'a> {
             }
         }
     }
+
+    /// Where the loud columns of row `row` go.
+    ///
+    /// # Safety
+    /// It is borrowed once at a time.
+    unsafe fn loud(&self, row: usize) -> &'a mut LoudColumns {
+        assert!(row < self.rows);
+        // SAFETY: inside the storage, which is borrowed exclusively for 'a; the caller keeps
+        // borrows apart.
+        unsafe { &mut *self.loud.add(row) }
+    }
 }
 
 /// A run of columns of one row, exclusively borrowed.
@@ -302,6 +325,18 @@ pub(crate) struct Part<'a> {
 }
 
 impl Part<'_> {
+    /// Quantizes a whole row, its loud columns apart.
+    fn quantize_apart(&mut self, kernels: &Kernels, loud: &mut LoudColumns) {
+        loud::find(self.x, self.scales, loud);
+        for loud in &*loud {
+            self.x[loud.column as usize] = 0.0;
+        }
+        self.quantize(kernels);
+        for loud in &*loud {
+            self.x[loud.column as usize] = loud.x;
+        }
+    }
+
     /// Quantizes what `x` holds.
     pub(crate) fn quantize(&mut self, kernels: &Kernels) {
         if !self.q.is_empty() {

@@ -32,6 +32,7 @@ static KERNELS: Kernels = Kernels {
     tile,
     exact: avx2::exact,
     exact_tile,
+    add_loud: avx2::add_loud,
     quantize: avx2::quantize,
     floats: &floats::AVX512,
 };

@@ -82,7 +82,9 @@ fn tile_rows<B: Fill>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TIL
     let mut steps = Steps::new();
     each_stretch::<B>(
         rows,
+        x,
         out,
+        offset(B::TYPE),
         // SAFETY: this function has the features.
         |panel, stretch| unsafe { B::fill(panel, stretch) },
         |panel, columns, out| {

@@ -6,7 +6,8 @@
 //! functions that is the same for the rest of the process. The scalar table is the truth: it
 //! exists everywhere, and tests hold every other against it.
 //!
-//! Quantized rows meet activations of 8 bits with one scale for each 32 ([`Activations`]);
+//! Quantized rows meet activations of 8 bits with one scale for each 32 ([`Activations`]), and a few
+//! of them, the loud ones, in f32 ([`mod@loud`]);
 //! F32, F16 and BF16 rows meet the activations in f32.
 //!
 //! There are two kinds of kernels, for the two phases of a model's work ([`Phase`]): dot products
@@ -28,6 +29,7 @@ pub mod floats;
 mod lanes;
 pub mod limits;
 pub mod linear;
+pub mod loud;
 #[cfg(target_arch = "aarch64")]
 pub mod neon;
 pub mod scalar;
@@ -38,12 +40,14 @@ mod x86;
 
 pub use activations::{Activation, Activations};
 pub use floats::Floats;
+pub use loud::{AddLoud, LOUD, Loud};
 pub use tiles::{TILE_ROWS, TILE_TOKENS, Tile};
 
 use crate::quant::BlockType;
 use crate::tensor::Rows;
 
-/// Dots every row of `rows` with one activation row: `out[r] = rows[r] · x`.
+/// Dots every row of `rows` with one activation row, but for its loud columns where it meets codes:
+/// `out[r] = rows[r] · x`.
 ///
 /// `out` is as long as there are rows; `x` has `rows.cols` columns.
 pub type DotRows = fn(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]);
@@ -77,6 +81,8 @@ pub struct Kernels {
     pub exact: fn(BlockType) -> DotRows,
     /// The tile product in f32 throughout.
     pub exact_tile: fn(BlockType) -> Option<Tile>,
+    /// Adds the products of loud columns to dot products; those of tiles have them already.
+    pub add_loud: AddLoud,
     /// Quantizes activations: see [`activations::quantize`].
     pub quantize: Quantize,
     /// What works on floats between the products.
@@ -119,6 +125,7 @@ impl Kernels {
         Kernels {
             dot: self.exact,
             tile: self.exact_tile,
+            add_loud: |_, _, _| {},
             ..*self
         }
     }
@@ -127,6 +134,9 @@ impl Kernels {
     pub fn dot_rows(&self, rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
         debug_assert_eq!((rows.cols, rows.len()), (x.x.len(), out.len()));
         (self.dot)(rows.kind)(rows, x, out);
+        if !x.loud.is_empty() {
+            (self.add_loud)(rows, x.loud, out);
+        }
     }
 
     /// `out[t][r] = rows[r] · x[t]` for up to [`TILE_ROWS`] rows, by the kernels of `phase`;

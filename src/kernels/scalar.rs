@@ -14,7 +14,7 @@
 
 use super::tiles::{self, TILE_ROWS, Tile};
 use super::unpack::{GROUP, Unpack};
-use super::{Activation, DotRows, Kernels, activations, floats};
+use super::{Activation, DotRows, Kernels, activations, floats, loud};
 use crate::quant::{
     BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
     BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockType,
@@ -28,6 +28,7 @@ pub static KERNELS: Kernels = Kernels {
     tile,
     exact: |_| dot_decoded,
     exact_tile: |_| Some(tile_decoded),
+    add_loud: |rows, loud, out| loud::add(rows, loud, out),
     quantize: activations::quantize,
     floats: &floats::SCALAR,
 };

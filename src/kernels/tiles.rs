@@ -36,7 +36,7 @@
 use super::activations::{SCALE_LEN, SUM_LEN};
 use super::scalar::MAX_BLOCK;
 use super::unpack::{GROUP, Unpack};
-use super::{Activation, DotRows};
+use super::{Activation, DotRows, loud};
 use crate::quant::BlockType;
 use crate::tensor::Rows;
 
@@ -102,11 +102,14 @@ pub(super) const fn has_minima(kind: BlockType) -> bool {
 }
 
 /// Goes through the columns of a tile: `unpack(panel, stretch)` fills the panel from the
-/// stretch of each row, `multiply(panel, columns, out)` adds its products.
+/// stretch of each row, with codes raised by `raised`; `multiply(panel, columns, out)` adds its
+/// products with the tokens' codes; then those with their loud columns are added.
 #[inline(always)]
 pub(super) fn each_stretch<B: Unpack>(
     rows: Rows<'_>,
+    x: &[Activation<'_>],
     out: &mut [[f32; TILE_ROWS]],
+    raised: u8,
     mut unpack: impl FnMut(&mut Panel, &[&[B]; TILE_ROWS]),
     mut multiply: impl FnMut(&mut Panel, std::ops::Range<usize>, &mut [[f32; TILE_ROWS]]),
 ) {
@@ -116,11 +119,13 @@ pub(super) fn each_stretch<B: Unpack>(
     let rows_of_blocks: [&[B]; TILE_ROWS] =
         std::array::from_fn(|r| bytemuck::cast_slice(rows.row(r.min(rows.len() - 1))));
     let mut panel = Panel::new();
+    let loud = loud::Tokens::new(x);
     for start in (0..rows.cols).step_by(STRETCH) {
         let columns = start..(start + STRETCH).min(rows.cols);
         let stretch = rows_of_blocks.map(|row| &row[start / B::LEN..columns.end / B::LEN]);
         unpack(&mut panel, &stretch);
         multiply(&mut panel, columns, out);
+        loud.add::<B>(&panel, start, raised, out);
     }
 }
 
@@ -154,30 +159,38 @@ pub(super) fn unpack_stretch<B: Unpack>(panel: &mut Panel, stretch: &[&[B]; TILE
 /// The truth: plain Rust, in the order that every instruction set keeps to.
 pub(super) fn tile<B: Unpack>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TILE_ROWS]]) {
     let step = if has_fine_scales(B::TYPE) { 1 } else { 2 };
-    each_stretch::<B>(rows, out, unpack_stretch, |panel, columns, out| {
-        for (x, out) in x.iter().zip(out) {
-            let q = x.q[columns.clone()].as_chunks::<4>().0;
-            let sums = &x.sums[columns.start / SUM_LEN..columns.end / SUM_LEN];
-            let scales = &x.scales[columns.start / SCALE_LEN..columns.end / SCALE_LEN];
-            for (i, sums) in sums.chunks_exact(step).enumerate() {
-                let s = scales[i * step / 2];
-                let sum: i32 = sums.iter().map(|&sum| i32::from(sum)).sum();
-                let mut dots = [-i32::from(offset(B::TYPE)) * sum; TILE_ROWS];
-                let fours = i * step * GROUP / 4..(i + 1) * step * GROUP / 4;
-                for (codes, q) in panel.codes[fours.clone()].iter().zip(&q[fours]) {
-                    for (dot, codes) in dots.iter_mut().zip(codes) {
-                        *dot += dot_four(codes, q);
+    let raised = offset(B::TYPE);
+    each_stretch::<B>(
+        rows,
+        x,
+        out,
+        raised,
+        unpack_stretch,
+        |panel, columns, out| {
+            for (x, out) in x.iter().zip(out) {
+                let q = x.q[columns.clone()].as_chunks::<4>().0;
+                let sums = &x.sums[columns.start / SUM_LEN..columns.end / SUM_LEN];
+                let scales = &x.scales[columns.start / SCALE_LEN..columns.end / SCALE_LEN];
+                for (i, sums) in sums.chunks_exact(step).enumerate() {
+                    let s = scales[i * step / 2];
+                    let sum: i32 = sums.iter().map(|&sum| i32::from(sum)).sum();
+                    let mut dots = [-i32::from(offset(B::TYPE)) * sum; TILE_ROWS];
+                    let fours = i * step * GROUP / 4..(i + 1) * step * GROUP / 4;
+                    for (codes, q) in panel.codes[fours.clone()].iter().zip(&q[fours]) {
+                        for (dot, codes) in dots.iter_mut().zip(codes) {
+                            *dot += dot_four(codes, q);
+                        }
                     }
-                }
-                for (r, dot) in dots.into_iter().enumerate() {
-                    out[r] += s * (panel.scales[i][r] * dot as f32);
-                    if has_minima(B::TYPE) {
-                        out[r] -= panel.minima[i][r] * (s * sum as f32);
+                    for (r, dot) in dots.into_iter().enumerate() {
+                        out[r] += s * (panel.scales[i][r] * dot as f32);
+                        if has_minima(B::TYPE) {
+                            out[r] -= panel.minima[i][r] * (s * sum as f32);
+                        }
                     }
                 }
             }
-        }
-    });
+        },
+    );
 }
 
 fn dot_four(codes: &[u8; 4], q: &[i8; 4]) -> i32 {

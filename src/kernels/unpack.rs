@@ -38,11 +38,15 @@ pub trait Unpack: Block {
     /// for each [`GROUP`] of them: `weight = scale · code − minimum`, in f32 and in this order
     /// the very weight that [`Block::decode`] gives.
     fn unpack(&self, codes: &mut [i8], scales: &mut [f32], minima: &mut [f32]);
+
+    /// The weight of one column, as [`Block::decode`] gives it.
+    fn weight(&self, column: usize) -> f32;
 }
 
-/// Implements [`Unpack`] for blocks of 32 with one scale: the codes, the scale, the minimum.
+/// Implements [`Unpack`] for blocks of 32 with one scale: the codes, the scale, the minimum, the code
+/// of one column.
 macro_rules! unpack_32 {
-    ($block:ty, |$b:ident| $codes:expr, $scale:expr, $minimum:expr) => {
+    ($block:ty, |$b:ident| $codes:expr, $scale:expr, $minimum:expr, |$column:ident| $code:expr) => {
         impl Unpack for $block {
             #[inline]
             fn unpack(&self, codes: &mut [i8], scales: &mut [f32], minima: &mut [f32]) {
@@ -50,6 +54,12 @@ macro_rules! unpack_32 {
                 codes.copy_from_slice(&$codes);
                 scales.fill($scale);
                 minima.fill($minimum);
+            }
+
+            #[inline]
+            fn weight(&self, $column: usize) -> f32 {
+                let $b = self;
+                $scale * f32::from($code) - $minimum
             }
         }
     };
@@ -59,39 +69,58 @@ unpack_32!(
     BlockQ4_0,
     |b| unpack_nibbles(&b.qs).map(|level| level as i8 - 8),
     b.d.to_f32(),
-    0.0
+    0.0,
+    |column| nibble(&b.qs, column) as i8 - 8
 );
 unpack_32!(
     BlockQ4_1,
     |b| unpack_nibbles(&b.qs).map(|level| level as i8),
     b.d.to_f32(),
-    -b.m.to_f32()
+    -b.m.to_f32(),
+    |column| nibble(&b.qs, column)
 );
 unpack_32!(
     BlockQ5_0,
     |b| unpack_five_bits(b.qh, &b.qs).map(|level| level as i8 - 16),
     b.d.to_f32(),
-    0.0
+    0.0,
+    |column| five_bits(b.qh, &b.qs, column) as i8 - 16
 );
 unpack_32!(
     BlockQ5_1,
     |b| unpack_five_bits(b.qh, &b.qs).map(|level| level as i8),
     b.d.to_f32(),
-    -b.m.to_f32()
+    -b.m.to_f32(),
+    |column| five_bits(b.qh, &b.qs, column)
 );
-unpack_32!(BlockQ8_0, |b| b.qs, b.d.to_f32(), 0.0);
+unpack_32!(BlockQ8_0, |b| b.qs, b.d.to_f32(), 0.0, |column| b.qs
+    [column]);
 unpack_32!(
     BlockIQ4NL,
     |b| unpack_nibbles(&b.qs).map(|index| IQ4_VALUES[usize::from(index)]),
     b.d.to_f32(),
-    0.0
+    0.0,
+    |column| IQ4_VALUES[usize::from(nibble(&b.qs, column))]
 );
 unpack_32!(
     BlockMXFP4,
     |b| unpack_nibbles(&b.qs).map(|index| MXFP4_DOUBLED[usize::from(index)]),
     b.scale(),
-    0.0
+    0.0,
+    |column| MXFP4_DOUBLED[usize::from(nibble(&b.qs, column))]
 );
+
+/// Level `column` of 32 in [`unpack_nibbles`]' order.
+#[inline]
+fn nibble(qs: &[u8; 16], column: usize) -> u8 {
+    qs[column % 16] >> (column / 16 * 4) & 15
+}
+
+/// Level `column` of [`unpack_five_bits`].
+#[inline]
+fn five_bits(qh: [u8; 4], qs: &[u8; 16], column: usize) -> u8 {
+    nibble(qs, column) | (u32::from_le_bytes(qh) >> column & 1) as u8 * 16
+}
 
 /// Writes the codes of a super-block stripe by stripe: `code(j, l)` is that of column
 /// `32·j + l`.
@@ -118,65 +147,133 @@ where
     }
 }
 
+/// The code of a super-block that has stripe `j`, place `l`: what [`Unpack`] is made of.
+trait Striped {
+    fn code(&self, j: usize, l: usize) -> u8;
+}
+
+/// A column's code.
+#[inline]
+fn code_of(block: &impl Striped, column: usize) -> f32 {
+    f32::from(block.code(column / 32, column % 32))
+}
+
+impl Striped for BlockQ2K {
+    #[inline]
+    fn code(&self, j: usize, l: usize) -> u8 {
+        self.qs[j / 4 * 32 + l] >> (j % 4 * 2) & 3
+    }
+}
+
 impl Unpack for BlockQ2K {
     #[inline]
     fn unpack(&self, codes: &mut [i8], scales: &mut [f32], minima: &mut [f32]) {
-        let code = |j: usize, l: usize| self.qs[j / 4 * 32 + l] >> (j % 4 * 2) & 3;
-        stripes(codes, code, 0);
+        stripes(codes, |j, l| self.code(j, l), 0);
         in_units(self.d.to_f32(), &self.scales.map(|s| s & 15), scales);
         in_units(self.dmin.to_f32(), &self.scales.map(|s| s >> 4), minima);
+    }
+
+    #[inline]
+    fn weight(&self, column: usize) -> f32 {
+        let both = self.scales[column / 16];
+        let scale = self.d.to_f32() * f32::from(both & 15);
+        scale * code_of(self, column) - self.dmin.to_f32() * f32::from(both >> 4)
+    }
+}
+
+impl Striped for BlockQ3K {
+    #[inline]
+    fn code(&self, j: usize, l: usize) -> u8 {
+        let low = self.qs[j / 4 * 32 + l] >> (j % 4 * 2) & 3;
+        low | (self.hmask[l] >> j & 1) << 2
     }
 }
 
 impl Unpack for BlockQ3K {
     #[inline]
     fn unpack(&self, codes: &mut [i8], scales: &mut [f32], minima: &mut [f32]) {
-        let code = |j: usize, l: usize| {
-            let low = self.qs[j / 4 * 32 + l] >> (j % 4 * 2) & 3;
-            low | (self.hmask[l] >> j & 1) << 2
-        };
-        stripes(codes, code, 4);
+        stripes(codes, |j, l| self.code(j, l), 4);
         in_units(self.d.to_f32(), &self.scales.unpack(), scales);
         minima.fill(0.0);
+    }
+
+    #[inline]
+    fn weight(&self, column: usize) -> f32 {
+        let scale = self.d.to_f32() * f32::from(self.scales.get(column / 16));
+        scale * (code_of(self, column) - 4.0)
+    }
+}
+
+impl Striped for BlockQ4K {
+    #[inline]
+    fn code(&self, j: usize, l: usize) -> u8 {
+        self.qs[j / 2 * 32 + l] >> (j % 2 * 4) & 15
     }
 }
 
 impl Unpack for BlockQ4K {
     #[inline]
     fn unpack(&self, codes: &mut [i8], scales: &mut [f32], minima: &mut [f32]) {
-        let code = |j: usize, l: usize| self.qs[j / 2 * 32 + l] >> (j % 2 * 4) & 15;
-        stripes(codes, code, 0);
+        stripes(codes, |j, l| self.code(j, l), 0);
         let (scale, min) = self.scales.unpack();
         in_units(self.d.to_f32(), &scale, scales);
         in_units(self.dmin.to_f32(), &min, minima);
+    }
+
+    #[inline]
+    fn weight(&self, column: usize) -> f32 {
+        let (scale, min) = self.scales.get(column / 32);
+        let scale = self.d.to_f32() * f32::from(scale);
+        scale * code_of(self, column) - self.dmin.to_f32() * f32::from(min)
+    }
+}
+
+impl Striped for BlockQ5K {
+    #[inline]
+    fn code(&self, j: usize, l: usize) -> u8 {
+        let low = self.qs[j / 2 * 32 + l] >> (j % 2 * 4) & 15;
+        low | (self.qh[l] >> j & 1) << 4
     }
 }
 
 impl Unpack for BlockQ5K {
     #[inline]
     fn unpack(&self, codes: &mut [i8], scales: &mut [f32], minima: &mut [f32]) {
-        let code = |j: usize, l: usize| {
-            let low = self.qs[j / 2 * 32 + l] >> (j % 2 * 4) & 15;
-            low | (self.qh[l] >> j & 1) << 4
-        };
-        stripes(codes, code, 0);
+        stripes(codes, |j, l| self.code(j, l), 0);
         let (scale, min) = self.scales.unpack();
         in_units(self.d.to_f32(), &scale, scales);
         in_units(self.dmin.to_f32(), &min, minima);
+    }
+
+    #[inline]
+    fn weight(&self, column: usize) -> f32 {
+        let (scale, min) = self.scales.get(column / 32);
+        let scale = self.d.to_f32() * f32::from(scale);
+        scale * code_of(self, column) - self.dmin.to_f32() * f32::from(min)
+    }
+}
+
+impl Striped for BlockQ6K {
+    #[inline]
+    fn code(&self, j: usize, l: usize) -> u8 {
+        let (half, k) = (j / 4, j % 4);
+        let low = self.ql[half * 64 + k % 2 * 32 + l] >> (k / 2 * 4) & 15;
+        low | (self.qh[half * 32 + l] >> (k * 2) & 3) << 4
     }
 }
 
 impl Unpack for BlockQ6K {
     #[inline]
     fn unpack(&self, codes: &mut [i8], scales: &mut [f32], minima: &mut [f32]) {
-        let code = |j: usize, l: usize| {
-            let (half, k) = (j / 4, j % 4);
-            let low = self.ql[half * 64 + k % 2 * 32 + l] >> (k / 2 * 4) & 15;
-            low | (self.qh[half * 32 + l] >> (k * 2) & 3) << 4
-        };
-        stripes(codes, code, 32);
+        stripes(codes, |j, l| self.code(j, l), 32);
         in_units(self.d.to_f32(), &self.scales, scales);
         minima.fill(0.0);
+    }
+
+    #[inline]
+    fn weight(&self, column: usize) -> f32 {
+        let scale = self.d.to_f32() * f32::from(self.scales[column / 16]);
+        scale * (code_of(self, column) - 32.0)
     }
 }
 
@@ -190,6 +287,13 @@ impl Unpack for BlockIQ4XS {
         let units: [i8; 8] = std::array::from_fn(|i| self.scale(i) as i8);
         in_units(self.d.to_f32(), &units, scales);
         minima.fill(0.0);
+    }
+
+    #[inline]
+    fn weight(&self, column: usize) -> f32 {
+        let scale = self.d.to_f32() * f32::from(self.scale(column / 32) as i8);
+        let index = nibble(&self.qs[column / 32], column % 32);
+        scale * f32::from(IQ4_VALUES[usize::from(index)])
     }
 }
 
@@ -215,6 +319,12 @@ mod tests {
                 assert!(
                     stated == weight || stated.is_nan() && weight.is_nan(),
                     "{} column {i}: {stated} for {weight}",
+                    B::TYPE
+                );
+                let alone = block.weight(i);
+                assert!(
+                    alone == weight || alone.is_nan() && weight.is_nan(),
+                    "{} column {i} alone: {alone} for {weight}",
                     B::TYPE
                 );
             }

@@ -11,13 +11,13 @@
 
 use std::arch::x86_64::*;
 
-use super::Tile;
 use super::x86::entry;
-use super::{DotRows, Kernels};
+use super::{DotRows, Kernels, Loud, Tile, loud};
 use crate::quant::{
     BF16, BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
     BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockType, F16, F32,
 };
+use crate::tensor::Rows;
 use dots::{dot_blocks, dot_super_blocks};
 use floats::{dot_decoded, dot_floats};
 use multiply::{Maddubs, Multiply, Vnni};
@@ -44,9 +44,20 @@ const fn table<M: Multiply>(name: &'static str) -> Kernels {
         tile: tile::<M>,
         exact,
         exact_tile,
+        add_loud,
         quantize,
         floats: &super::floats::AVX2,
     }
+}
+
+/// See [`loud::add`].
+pub(super) fn add_loud(rows: Rows<'_>, loud: &[Loud], out: &mut [f32]) {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn inner(rows: Rows<'_>, loud: &[Loud], out: &mut [f32]) {
+        loud::add(rows, loud, out)
+    }
+    // SAFETY: the table is only handed out where the CPU has the features.
+    unsafe { inner(rows, loud, out) }
 }
 
 /// The AVX2 table, if this CPU can run it.

@@ -80,10 +80,13 @@ fn tile_rows<M: Multiply, B: Fill, const DEPTH: usize, const FOURS: usize, const
         assert!(MINIMA == has_minima(B::TYPE));
         assert!((DEPTH == 0) == B::OFFSET.is_none());
     }
-    let offset = B::OFFSET.map_or(i32::from(M::RAISED), i32::from);
+    let raised = B::OFFSET.map_or(M::RAISED, |offset| offset as u8);
+    let offset = i32::from(raised);
     each_stretch::<B>(
         rows,
+        x,
         out,
+        raised,
         // SAFETY: this function has the features.
         |panel, stretch| unsafe { panels::fill(panel, stretch, M::RAISED) },
         |panel, columns, out| multiply::<M, DEPTH, FOURS, MINIMA>(panel, offset, &columns, x, out),

@@ -20,7 +20,7 @@ use std::arch::aarch64::*;
 use std::arch::is_aarch64_feature_detected;
 
 use super::tiles::Tile;
-use super::{DotRows, Kernels};
+use super::{DotRows, Kernels, loud};
 use crate::quant::{
     BF16, BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
     BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockType, F16, F32,
@@ -47,6 +47,7 @@ const fn table<M: Multiply>(name: &'static str, tile: fn(BlockType) -> Option<Ti
         tile,
         exact,
         exact_tile,
+        add_loud: |rows, loud, out| loud::add(rows, loud, out),
         quantize: activations::quantize,
         // Plain Rust, which the compiler makes into NEON: every aarch64 has it.
         floats: &super::floats::SCALAR,

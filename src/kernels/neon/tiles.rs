@@ -22,10 +22,10 @@ use super::codes::{Codes, SmallBlock, SuperBlock};
 use super::dots::in_units;
 use super::multiply::{sdot_lane, smmla};
 use super::{exact_tile, load, load_f32, load_i8, load_i16, store_f32};
-use crate::kernels::Activation;
 use crate::kernels::activations::{SCALE_LEN, SUM_LEN};
 use crate::kernels::tiles::{STRETCH, TILE_ROWS, Tile, has_fine_scales, has_minima};
 use crate::kernels::unpack::GROUP;
+use crate::kernels::{Activation, loud};
 use crate::quant::{
     BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
     BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockType,
@@ -157,6 +157,9 @@ unsafe fn tile_rows<L: Level, B: Fill>(
         }
         // SAFETY: the caller's.
         unsafe { multiply(&panel, groups, &columns, x, out) };
+    }
+    for (x, out) in x.iter().zip(out) {
+        loud::add(rows, x.loud, &mut out[..rows.len()]);
     }
 }
 

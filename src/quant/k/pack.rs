@@ -32,15 +32,19 @@ impl ScalesAndMins8 {
 
     /// The scales and the minima.
     pub fn unpack(&self) -> ([u8; 8], [u8; 8]) {
-        let (mut scales, mut mins) = ([0; 8], [0; 8]);
-        for i in 0..4 {
-            let [a, b, c] = [self.0[i], self.0[4 + i], self.0[8 + i]];
-            scales[i] = a & 63;
-            mins[i] = b & 63;
-            scales[4 + i] = c & 15 | (a >> 6) << 4;
-            mins[4 + i] = c >> 4 | (b >> 6) << 4;
+        let each: [(u8, u8); 8] = std::array::from_fn(|i| self.get(i));
+        (each.map(|(scale, _)| scale), each.map(|(_, min)| min))
+    }
+
+    /// Scale and minimum `i`.
+    #[inline]
+    pub fn get(&self, i: usize) -> (u8, u8) {
+        let [a, b, c] = [self.0[i % 4], self.0[4 + i % 4], self.0[8 + i % 4]];
+        if i < 4 {
+            (a & 63, b & 63)
+        } else {
+            (c & 15 | (a >> 6) << 4, c >> 4 | (b >> 6) << 4)
         }
-        (scales, mins)
     }
 }
 
@@ -69,11 +73,15 @@ impl Scales16 {
 
     /// The scales, from −32 to 31.
     pub fn unpack(&self) -> [i8; 16] {
-        std::array::from_fn(|i| {
-            let low = self.0[i % 8] >> (4 * (i / 8)) & 15;
-            let high = self.0[8 + i % 4] >> (2 * (i / 4)) & 3;
-            (low | high << 4) as i8 - 32
-        })
+        std::array::from_fn(|i| self.get(i))
+    }
+
+    /// Scale `i`.
+    #[inline]
+    pub fn get(&self, i: usize) -> i8 {
+        let low = self.0[i % 8] >> (4 * (i / 8)) & 15;
+        let high = self.0[8 + i % 4] >> (2 * (i / 4)) & 3;
+        (low | high << 4) as i8 - 32
     }
 }
 
