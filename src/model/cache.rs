@@ -1,4 +1,16 @@
 //! The KV cache of a timeline.
+//!
+//! What each kind costs, as the mean KL divergence from keys and values in f32 (SmolLM2-135M, weights in F32, three
+//! chunks of 1024 English tokens), and what rotating by a Hadamard matrix before rounding saves:
+//!
+//! | kind | not rotated | keys rotated | values too |
+//! |------|-------------|--------------|------------|
+//! | F16  | 3.4e-7      |              |            |
+//! | Q8_0 | 3.7e-4      | 1.2e-4       | 1.1e-4     |
+//! | Q4_0 | 0.114       | 0.034        | 0.033      |
+//!
+//! At 4096 positions all three are equally fast on two cores; F16 is the usual kind because it costs nothing that
+//! can be seen, Q8_0 the one for long contexts, of which it takes half the memory.
 
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
