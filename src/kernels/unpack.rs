@@ -119,7 +119,8 @@ fn nibble(qs: &[u8; 16], column: usize) -> u8 {
 /// Level `column` of [`unpack_five_bits`].
 #[inline]
 fn five_bits(qh: [u8; 4], qs: &[u8; 16], column: usize) -> u8 {
-    nibble(qs, column) | (u32::from_le_bytes(qh) >> column & 1) as u8 * 16
+    let fifth = (u32::from_le_bytes(qh) >> column & 1) as u8;
+    nibble(qs, column) | fifth << 4
 }
 
 /// Writes the codes of a super-block stripe by stripe: `code(j, l)` is that of column
