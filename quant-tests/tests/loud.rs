@@ -146,7 +146,7 @@ fn products_have_the_loud_columns_wherever_they_lie() {
                     kernels.product(phase, rows, &x, &mut out);
                     for (x, out) in x.iter().zip(&out) {
                         assert!(!x.loud.is_empty());
-                        for r in 0..7 {
+                        for (r, &out) in out[..7].iter().enumerate() {
                             let mut weights = vec![0.0; cols];
                             rows.decode(r, &mut weights);
                             let (mut sum, mut size) = (0.0, 0.0);
@@ -160,12 +160,12 @@ fn products_have_the_loud_columns_wherever_they_lie() {
                                 sum += f64::from(weight) * f64::from(loud.x);
                                 size += f64::from(weight * loud.x).abs();
                             }
-                            let error = (f64::from(out[r]) - sum).abs();
+                            let error = (f64::from(out) - sum).abs();
                             assert!(
                                 error <= 1e-5 * size,
                                 "{} {kind} {cols} {phase:?}: {} for {sum}",
                                 kernels.name,
-                                out[r]
+                                out
                             );
                         }
                     }
