@@ -90,7 +90,10 @@ fn prompt_and_steps_agree_with_every_kind() {
         let (p, q) = (prompted(&engine, &tokens, &[]), stepped(&engine, &tokens));
         let mean = divergence(&p, &q, engine.shape().vocab);
         println!("{kind:?}: mean KL divergence of single steps from the prompt {mean:.1e}");
-        assert!(mean < 1e-3, "{kind:?}: {mean}");
+        // A last bit that moves a value over a border of 16 levels makes no small difference: there it
+        // is held to what the 4 bits themselves cost.
+        let bound = if kind == KvKind::Q4_0 { 7e-3 } else { 1e-3 };
+        assert!(mean.abs() < bound, "{kind:?}: {mean}");
     }
 }
 
@@ -164,7 +167,7 @@ fn exact_runs_keep_keys_and_values_exactly_unless_asked() {
 fn heads_that_are_no_whole_blocks_are_refused_by_name() {
     let file = fixture::tiny_mixtral("F32");
     let mut parts = Parts::read(&file.path);
-    // Half as many heads of the same width in all would be 128 values; heads of 16 are no whole blocks.
+    // Four times as many heads of 16 values: no whole blocks.
     let wide = |parts: &Parts, key: &str| parts.metadata.u64(key).unwrap().unwrap();
     let (heads, kv_heads) = (
         "llama.attention.head_count",
