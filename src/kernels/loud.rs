@@ -26,8 +26,11 @@ use crate::quant::{
 };
 use crate::tensor::Rows;
 
-/// The most loud columns that a row has.
+/// The most loud columns that any row has.
 pub const LOUD: usize = 8;
+
+/// A row has at most one loud column for so many: each costs the same, however short a row is.
+pub const COLUMNS_A_LOUD: usize = 256;
 
 /// A column is only kept apart if that takes such a part of the noise of its row.
 const WORTH: f32 = 64.0;
@@ -64,7 +67,8 @@ pub(super) fn find(x: &[f32], gains: &mut [f32], loud: &mut LoudColumns) {
         };
     }
     let worth = noise / WORTH;
-    while !loud.is_full() {
+    let most = LOUD.min(x.len() / COLUMNS_A_LOUD);
+    while loud.len() < most {
         let mut best = 0;
         for (g, gain) in gains.iter().enumerate() {
             if *gain > gains[best] {
@@ -146,11 +150,12 @@ pub(super) fn add(rows: Rows<'_>, loud: &[Loud], out: &mut [f32]) {
 
 #[inline(always)]
 fn add_columns<B: Unpack>(rows: Rows<'_>, loud: &[Loud], out: &mut [f32]) {
-    for (index, out) in out.iter_mut().enumerate() {
-        let row: &[B] = bytemuck::cast_slice(rows.row(index));
-        for loud in loud {
-            let column = loud.column as usize;
-            *out += row[column / B::LEN].weight(column % B::LEN) * loud.x;
+    for loud in loud {
+        // The same place in every row: what its column means to a block is worked out once.
+        let (block, column) = (loud.column as usize / B::LEN, loud.column as usize % B::LEN);
+        for (index, out) in out.iter_mut().enumerate() {
+            let row: &[B] = bytemuck::cast_slice(rows.row(index));
+            *out += row[block].weight(column) * loud.x;
         }
     }
 }

@@ -40,7 +40,7 @@ mod x86;
 
 pub use activations::{Activation, Activations};
 pub use floats::Floats;
-pub use loud::{AddLoud, LOUD, Loud};
+pub use loud::{AddLoud, COLUMNS_A_LOUD, LOUD, Loud};
 pub use tiles::{TILE_ROWS, TILE_TOKENS, Tile};
 
 use crate::quant::BlockType;
