@@ -8,6 +8,8 @@ use super::attention::{self, Head, Queries, Scratch};
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
 use super::lanes::{Scalar, Simd};
+#[cfg(target_arch = "aarch64")]
+use super::neon::Neon;
 
 /// Kernels of floats for one instruction set.
 pub struct Floats {
@@ -76,6 +78,10 @@ pub(super) static AVX2: Floats = table!($ Avx2, wide 1, keys 1, "avx2,fma,f16c")
 /// With AVX-512 F besides.
 #[cfg(target_arch = "x86_64")]
 pub(super) static AVX512: Floats = table!($ Avx512, wide 4, keys 4, "avx2,fma,f16c,avx512f");
+
+/// With NEON.
+#[cfg(target_arch = "aarch64")]
+pub(super) static NEON: Floats = table!($ Neon, wide 1, keys 1, "neon");
 
 /// `eˣ` to 1.5 units in the last place; 0 below −87.33, where it is no normal number; NaN for NaN.
 #[inline(always)]
