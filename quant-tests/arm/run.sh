@@ -75,12 +75,13 @@ cargo_test() {
     ${CARGO:-cargo} test "${build[@]}" "$@"
 }
 
-cargo_test --package fewbit --package quant-tests --lib --test kernels --test forward --test company --no-run
+tests=(--test kernels --test floats --test attention)
+cargo_test --package fewbit --package quant-tests --lib "${tests[@]}" --test forward --test company --no-run
 for processor in max:neon-i8mm neoverse-n1:neon-dotprod cortex-a72:neon; do
     export QEMU_CPU=${processor%:*} FEWBIT_TEST_WIDEST=${processor#*:}
     printf '\naarch64, %s: %s\n' "$QEMU_CPU" "$FEWBIT_TEST_WIDEST"
     cargo_test --package fewbit --lib -- kernels::
-    cargo_test --package quant-tests --test kernels
-    cargo_test --package quant-tests --test forward -- f32_logits threads_do_not_change a_prompt_and_single
-    cargo_test --package quant-tests --test company
+    cargo_test --package quant-tests "${tests[@]}"
+    cargo_test --package quant-tests --test forward -- f32_logits threads_do_not_change_a_bit a_prompt_and_single
+    cargo_test --package quant-tests --test company -- sessions_of_a_batch
 done
