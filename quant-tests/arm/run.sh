@@ -71,17 +71,18 @@ export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=qemu-aarch64
 export QEMU_LD_PREFIX=/usr/aarch64-linux-gnu
 export RUSTFLAGS="${RUSTFLAGS:-} -Dwarnings"
 
+# Always of the same two packages, so that nothing is built twice.
 cargo_test() {
-    ${CARGO:-cargo} test "${build[@]}" "$@"
+    ${CARGO:-cargo} test "${build[@]}" --package fewbit --package quant-tests "$@"
 }
 
 tests=(--test kernels --test floats --test attention)
-cargo_test --package fewbit --package quant-tests --lib "${tests[@]}" --test forward --test company --no-run
+cargo_test --lib "${tests[@]}" --test forward --test company --no-run
 for processor in max:neon-i8mm neoverse-n1:neon-dotprod cortex-a72:neon; do
     export QEMU_CPU=${processor%:*} FEWBIT_TEST_WIDEST=${processor#*:}
     printf '\naarch64, %s: %s\n' "$QEMU_CPU" "$FEWBIT_TEST_WIDEST"
-    cargo_test --package fewbit --lib -- kernels::
-    cargo_test --package quant-tests "${tests[@]}"
-    cargo_test --package quant-tests --test forward -- f32_logits threads_do_not_change_a_bit a_prompt_and_single
-    cargo_test --package quant-tests --test company -- sessions_of_a_batch
+    cargo_test --lib -- kernels::
+    cargo_test "${tests[@]}"
+    cargo_test --test forward -- f32_logits threads_do_not_change_a_bit a_prompt_and_single
+    cargo_test --test company -- sessions_of_a_batch
 done
