@@ -1,7 +1,7 @@
 //! Every table of kernels that this machine offers, held against arithmetic in f64.
 
 use fewbit::kernels::activations::{SCALE_LEN, SUM_LEN};
-use fewbit::kernels::{Activation, Activations, Kernels, Phase, TILE_ROWS};
+use fewbit::kernels::{Activation, Activations, Kernels, Phase, STREAMS, TILE_ROWS};
 use fewbit::quant::BlockType;
 use fewbit::tensor::Rows;
 use fewbit::threads::Pool;
@@ -289,6 +289,52 @@ fn a_row_has_the_same_bits_in_any_company() {
                                 .zip(&together[start..end])
                                 .all(|(a, b)| a.to_bits() == b.to_bits());
                             assert!(same, "{} {kind} {cols} {start}..{end}", kernels.name);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn runs_side_by_side_have_the_bits_of_their_rows() {
+    let mut rng = ChaCha8Rng::seed_from_u64(13);
+    let lens = [
+        [1; STREAMS],
+        [8; STREAMS],
+        [32; STREAMS],
+        [8, 8, 8, 5],
+        [3, 0, 7, 32],
+    ];
+    for &kind in BlockType::ALL {
+        for cols in cols_of(kind) {
+            for lens in lens {
+                let total = lens.iter().sum();
+                let weights = Weights::random(kind, total, cols, 1, &mut rng);
+                let mut start = 0;
+                let runs = lens.map(|len| {
+                    start += len;
+                    weights.rows().slice(start - len..start)
+                });
+                let mut x = random_x(2 * cols, &mut rng);
+                // A loud column in the second token.
+                x[cols + cols / 3] = 100.0;
+                for kernels in Kernels::available() {
+                    let x = all_activations(kernels, cols, &x);
+                    let x = [x.row(0), x.row(1)];
+                    for count in 1..=STREAMS {
+                        let mut out = [[[f32::NAN; TILE_ROWS]; STREAMS]; 2];
+                        kernels.dots(&runs[..count], &x, &mut out);
+                        for (x, out) in x.iter().zip(&out) {
+                            for (&run, out) in runs[..count].iter().zip(out) {
+                                let alone = dots(kernels, run, *x);
+                                assert!(
+                                    same_bits(&out[..run.len()], &alone),
+                                    "{}: {kind}, {cols} columns, {count} runs of {lens:?}",
+                                    kernels.name
+                                );
+                            }
                         }
                     }
                 }

@@ -18,8 +18,10 @@ use std::arch::x86_64::*;
 
 use bytemuck::Zeroable;
 
-use super::x86::{SuperBlock, each_row, entry, half_bits, load_16, prefetch_ahead};
-use super::{Activation, DotRows, Kernels, Tile, avx2, avx512_tiles, floats};
+use super::x86::{SuperBlock, each_four, each_row, entry, half_bits, load_16, prefetch_ahead};
+use super::{
+    Activation, DotRows, DotStreams, Kernels, STREAMS, Sums, Tile, avx2, avx512_tiles, floats,
+};
 use crate::quant::{
     Block, BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
     BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockType, F16, IQ4_VALUES, MXFP4_DOUBLED,
@@ -29,6 +31,7 @@ use crate::tensor::Rows;
 static KERNELS: Kernels = Kernels {
     name: "avx512",
     dot,
+    dot_streams,
     tile,
     exact: avx2::exact,
     exact_tile,
@@ -64,6 +67,25 @@ fn dot(kind: BlockType) -> DotRows {
         BlockType::Q6_K => entry!(dot_super_blocks::<BlockQ6K>),
         BlockType::IQ4_XS => entry!(dot_super_blocks::<BlockIQ4XS>),
     }
+}
+
+fn dot_streams(kind: BlockType) -> Option<DotStreams> {
+    Some(match kind {
+        BlockType::F32 | BlockType::F16 | BlockType::BF16 => return None,
+        BlockType::Q4_0 => entry!(stream_blocks::<BlockQ4_0>),
+        BlockType::Q4_1 => entry!(stream_blocks::<BlockQ4_1>),
+        BlockType::Q5_0 => entry!(stream_blocks::<BlockQ5_0>),
+        BlockType::Q5_1 => entry!(stream_blocks::<BlockQ5_1>),
+        BlockType::Q8_0 => entry!(stream_blocks::<BlockQ8_0>),
+        BlockType::IQ4_NL => entry!(stream_blocks::<BlockIQ4NL>),
+        BlockType::MXFP4 => entry!(stream_blocks::<BlockMXFP4>),
+        BlockType::Q2_K => entry!(stream_super_blocks::<BlockQ2K>),
+        BlockType::Q3_K => entry!(stream_super_blocks::<BlockQ3K>),
+        BlockType::Q4_K => entry!(stream_super_blocks::<BlockQ4K>),
+        BlockType::Q5_K => entry!(stream_super_blocks::<BlockQ5K>),
+        BlockType::Q6_K => entry!(stream_super_blocks::<BlockQ6K>),
+        BlockType::IQ4_XS => entry!(stream_super_blocks::<BlockIQ4XS>),
+    })
 }
 
 fn tile(kind: BlockType) -> Option<Tile> {
@@ -120,27 +142,38 @@ fn dot_blocks<B: Pair>(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
     each_row::<B>(rows, out, |row| pairs(row, x));
 }
 
-/// Dots a row of small blocks with an activation.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+fn stream_blocks<B: Pair>(rows: [Rows<'_>; STREAMS], x: &[Activation<'_>], out: &mut [Sums]) {
+    each_four::<B>(rows, x, out, |four, x| pairs(four, x));
+}
+
+/// Dots rows of small blocks, side by side, with an activation.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-fn pairs<B: Pair>(row: &[B], x: Activation<'_>) -> f32 {
-    let mut acc = [_mm512_setzero_ps(); 2];
-    let (row, row_rest) = row.as_chunks::<2>();
+fn pairs<B: Pair, const N: usize>(rows: [&[B]; N], x: Activation<'_>) -> [f32; N] {
+    let mut acc = [[_mm512_setzero_ps(); 2]; N];
     let (q, q_rest) = x.q.as_chunks::<64>();
     let (s, s_rest) = x.scales.as_chunks::<2>();
     let (sums, sums_rest) = x.sums.as_chunks::<4>();
-    for (((pair, q), s), sums) in row.iter().zip(q).zip(s).zip(sums) {
-        prefetch_ahead(pair);
-        // Pairs take turns at the accumulators.
-        acc = [acc[1], add_pair(acc[0], pair, q, s, sums)];
+    let n = q.len();
+    let (s, sums) = (&s[..n], &sums[..n]);
+    let rows_pairs = rows.map(|row| &row.as_chunks::<2>().0[..n]);
+    for i in 0..n {
+        for (acc, row) in acc.iter_mut().zip(rows_pairs) {
+            prefetch_ahead::<N, _>(&row[i]);
+            // Pairs take turns at the accumulators.
+            *acc = [acc[1], add_pair(acc[0], &row[i], &q[i], &s[i], &sums[i])];
+        }
     }
-    if let ([block], [s]) = (row_rest, s_rest) {
+    if let [s] = s_rest {
         let (mut q, mut sums) = ([0; 64], [0; 4]);
         q[..32].copy_from_slice(q_rest);
         sums[..2].copy_from_slice(sums_rest);
-        acc[0] = add_pair(acc[0], &[*block, B::zeroed()], &q, &[*s, 0.0], &sums);
+        for (acc, row) in acc.iter_mut().zip(rows) {
+            acc[0] = add_pair(acc[0], &[row[2 * n], B::zeroed()], &q, &[*s, 0.0], &sums);
+        }
     }
-    _mm512_reduce_add_ps(_mm512_add_ps(acc[0], acc[1]))
+    acc.map(|acc| _mm512_reduce_add_ps(_mm512_add_ps(acc[0], acc[1])))
 }
 
 /// Adds the dot product of a pair.
@@ -179,43 +212,61 @@ fn dot_super_blocks<B: Quarters>(rows: Rows<'_>, x: Activation<'_>, out: &mut [f
     each_row::<B>(rows, out, |row| super_blocks(row, x));
 }
 
-/// Dots a row of super-blocks with an activation.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+fn stream_super_blocks<B: Quarters>(
+    rows: [Rows<'_>; STREAMS],
+    x: &[Activation<'_>],
+    out: &mut [Sums],
+) {
+    each_four::<B>(rows, x, out, |four, x| super_blocks(four, x));
+}
+
+/// Dots rows of super-blocks, side by side, with an activation.
 ///
 /// A super-block's 16 scales, one for 16 columns, are made in one register, times those of the
 /// activations. The 16 lanes of a quarter's dot product take one for each 4 lanes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-fn super_blocks<B: Quarters>(row: &[B], x: Activation<'_>) -> f32 {
-    let mut acc = [_mm512_setzero_ps(); 4];
+fn super_blocks<B: Quarters, const N: usize>(rows: [&[B]; N], x: Activation<'_>) -> [f32; N] {
+    let mut acc = [[_mm512_setzero_ps(); 2]; N];
     let (q, _) = x.q.as_chunks::<256>();
     let (scales, _) = x.scales.as_chunks::<8>();
     let (sums, _) = x.sums.as_chunks::<16>();
+    let n = q.len();
+    let (scales, sums) = (&scales[..n], &sums[..n]);
+    let rows = rows.map(|row| &row[..n]);
     let each_twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     let each_four = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    for (((block, q), s), sums) in row.iter().zip(q).zip(scales).zip(sums) {
-        prefetch_ahead(block);
-        let (q, _) = q.as_chunks::<64>();
-        let s = _mm512_permutexvar_ps(each_twice, _mm512_castps256_ps512(load_f32(s)));
-        // SAFETY: this function has the features.
-        let (scales, minima) = unsafe { block.scales_and_minima() };
-        let scales = _mm512_mul_ps(in_units(block.d(), scales), s);
-        for k in 0..4 {
-            let q = load_i8(&q[k]);
-            // SAFETY: this function has the features.
-            let codes = unsafe { block.codes(k) };
-            let dot = _mm512_dpbusd_epi32(start_of_sums(B::OFFSET, q), codes, q);
-            let lanes = _mm512_add_epi32(each_four, _mm512_set1_epi32(4 * k as i32));
-            let scale = _mm512_permutexvar_ps(lanes, scales);
-            acc[k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, acc[k]);
+    for i in 0..n {
+        let (q, _) = q[i].as_chunks::<64>();
+        let s = _mm512_permutexvar_ps(each_twice, _mm512_castps256_ps512(load_f32(&scales[i])));
+        let sums = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(load_i16(&sums[i])));
+        let sums = _mm512_mul_ps(sums, s);
+        // A loop over the rows would not be unrolled, and would keep the accumulators in memory.
+        macro_rules! add {
+            ($($r:literal)*) => {$(if $r < N {
+                let (acc, block) = (&mut acc[$r], &rows[$r][i]);
+                prefetch_ahead::<N, _>(block);
+                // SAFETY: this function has the features.
+                let (scales, minima) = unsafe { block.scales_and_minima() };
+                let scales = _mm512_mul_ps(in_units(block.d(), scales), s);
+                for k in 0..4 {
+                    let q = load_i8(&q[k]);
+                    // SAFETY: this function has the features.
+                    let codes = unsafe { block.codes(k) };
+                    let dot = _mm512_dpbusd_epi32(start_of_sums(B::OFFSET, q), codes, q);
+                    let lanes = _mm512_add_epi32(each_four, _mm512_set1_epi32(4 * k as i32));
+                    let scale = _mm512_permutexvar_ps(lanes, scales);
+                    acc[k % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, acc[k % 2]);
+                }
+                if B::MINIMA {
+                    acc[0] = _mm512_fnmadd_ps(in_units(block.dmin(), minima), sums, acc[0]);
+                }
+            })*};
         }
-        if B::MINIMA {
-            let sums = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(load_i16(sums)));
-            let minima = in_units(block.dmin(), minima);
-            acc[0] = _mm512_fnmadd_ps(minima, _mm512_mul_ps(sums, s), acc[0]);
-        }
+        add!(0 1 2 3);
     }
-    let [a, b, c, d] = acc;
-    _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
+    acc.map(|[a, b]| _mm512_reduce_add_ps(_mm512_add_ps(a, b)))
 }
 
 /// Where the sums of products start, so that codes may be too large: `−offset · Σ q` over the

@@ -8,8 +8,8 @@
 
 use std::ops::Range;
 
-use super::linear::{Out, Product, chunks};
-use super::{Activations, Kernels, Phase, TILE_ROWS};
+use super::linear::{Cut, Dots, FEW_TOKENS, Out, Product, Runs, chunks, multiply};
+use super::{Activations, Kernels, Phase, STREAMS, TILE_ROWS, TILE_TOKENS};
 use crate::experts::Expert;
 use crate::threads::Pool;
 
@@ -80,50 +80,83 @@ pub fn feed_forward(
 
     hidden.resize(routes.len());
     let parts = hidden.parts();
-    let tiles = ffn.div_ceil(TILE_ROWS);
-    pool.run(active.len() * tiles, &|task| {
-        let (expert, start) = (active[task / tiles], task % tiles * TILE_ROWS);
-        let range = start..(start + TILE_ROWS).min(ffn);
-        let (gate, up) = (
-            experts[expert].gate.rows(range.clone()),
-            experts[expert].up.rows(range.clone()),
-        );
-        for some in chunks(routes.of(expert)) {
-            let x = || some.clone().map(|route| x.row(routes.routes[route].0));
-            let (mut gates, mut ups) = (Product::new(), Product::new());
-            gates.compute(kernels, phase, gate, x());
-            ups.compute(kernels, phase, up, x());
-            for ((route, gates), ups) in some.clone().zip(&gates.sums).zip(&ups.sums) {
-                // SAFETY: tasks differ in expert (and so in route) or in columns.
-                let mut part = unsafe { parts.columns(route, start, range.len()) };
-                (kernels.floats.swiglu)(&gates[..range.len()], &ups[..range.len()], part.x);
-                part.quantize(kernels);
+    let cut = Cut::new(ffn, sections(phase), TILE_ROWS);
+    pool.run(active.len() * cut.tasks(), &|task| {
+        let (expert, task) = (active[task / cut.tasks()], task % cut.tasks());
+        let Expert { gate, up, .. } = &experts[expert];
+        let write = |route: usize, range: Range<usize>, gates: &[f32], ups: &[f32]| {
+            // SAFETY: tasks differ in expert (and so in route) or in columns.
+            let mut part = unsafe { parts.columns(route, range.start, range.len()) };
+            let (gates, ups) = (&gates[..range.len()], &ups[..range.len()]);
+            (kernels.floats.swiglu)(gates, ups, part.x);
+            part.quantize(kernels);
+        };
+        let ranges = cut.parts(task);
+        match phase {
+            Phase::Prompt => {
+                for range in ranges {
+                    for some in chunks(routes.of(expert), TILE_TOKENS) {
+                        let x = || some.clone().map(|route| x.row(routes.routes[route].0));
+                        let (mut gates, mut ups) = (Product::new(), Product::new());
+                        gates.compute(kernels, phase, gate.rows(range.clone()), x());
+                        ups.compute(kernels, phase, up.rows(range.clone()), x());
+                        for ((route, gates), ups) in some.clone().zip(&gates.sums).zip(&ups.sums) {
+                            write(route, range.clone(), gates, ups);
+                        }
+                    }
+                }
+            }
+            Phase::Generate => {
+                let runs: Runs<'_> = ranges
+                    .iter()
+                    .flat_map(|range| [gate.rows(range.clone()), up.rows(range.clone())])
+                    .collect();
+                for some in chunks(routes.of(expert), FEW_TOKENS) {
+                    let mut dots = Dots::new();
+                    let x = some.clone().map(|route| x.row(routes.routes[route].0));
+                    dots.compute(kernels, &runs, x);
+                    for (route, sums) in some.zip(&dots.sums) {
+                        for (range, sums) in ranges.iter().zip(sums.as_chunks::<2>().0) {
+                            write(route, range.clone(), &sums[0], &sums[1]);
+                        }
+                    }
+                }
             }
         }
     });
 
     let hidden = &*hidden;
     let out = Out::new(residual, x.len(), width);
-    pool.run(width.div_ceil(TILE_ROWS), &|task| {
-        let range = task * TILE_ROWS..((task + 1) * TILE_ROWS).min(width);
+    let cut = Cut::of_outputs(phase, width);
+    pool.run(cut.tasks(), &|task| {
         for &expert in &active {
-            let down = experts[expert].down.rows(range.clone());
-            for some in chunks(routes.of(expert)) {
-                let mut downs = Product::new();
-                downs.compute(
-                    kernels,
-                    phase,
-                    down,
-                    some.clone().map(|route| hidden.row(route)),
-                );
-                for (&(token, weight), sums) in routes.routes[some].iter().zip(&downs.sums) {
-                    // SAFETY: tasks take disjoint ranges of columns.
-                    let out = unsafe { out.columns(token, range.start, range.len()) };
-                    out.iter_mut()
-                        .zip(sums)
-                        .for_each(|(out, sum)| *out += weight * *sum);
-                }
-            }
+            let write = |route: usize, range: Range<usize>, sums: &[f32]| {
+                let (token, weight) = routes.routes[route];
+                // SAFETY: tasks take disjoint ranges of columns.
+                let out = unsafe { out.columns(token, range.start, range.len()) };
+                out.iter_mut()
+                    .zip(sums)
+                    .for_each(|(out, sum)| *out += weight * *sum);
+            };
+            let down = &experts[expert].down;
+            let x = |route| hidden.row(route);
+            multiply(
+                kernels,
+                phase,
+                down,
+                cut.parts(task),
+                routes.of(expert),
+                x,
+                write,
+            );
         }
     });
+}
+
+/// Sections that gate and up rows are cut into: gate and up together make [`STREAMS`] runs.
+fn sections(phase: Phase) -> usize {
+    match phase {
+        Phase::Prompt => 1,
+        Phase::Generate => STREAMS / 2,
+    }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use arrayvec::ArrayVec;
 
-use super::{Activation, Activations, Kernels, Phase, TILE_ROWS, TILE_TOKENS};
+use super::{Activation, Activations, Kernels, Phase, STREAMS, Sums, TILE_ROWS, TILE_TOKENS};
 use crate::tensor::{Matrix, Rows};
 use crate::threads::Pool;
 
@@ -21,9 +21,6 @@ pub enum Into {
 /// Computes several products of the same activations in one task space: for each
 /// `(matrix, out)`, `out[t, r] = matrix[r] · x[t]` (or adds it), `out` holding `x.len()` rows
 /// of `matrix.rows`. Every output depends on its own row and token (and on the phase) alone.
-///
-/// A task takes [`TILE_ROWS`] rows: few enough to balance cores of different speed, and enough
-/// that claiming costs nothing (32 rows of 4096 four-bit weights are 74 KB).
 pub fn linear(
     pool: &Pool,
     kernels: &Kernels,
@@ -34,48 +31,130 @@ pub fn linear(
 ) {
     let products: Vec<_> = products
         .iter_mut()
-        .map(|(matrix, out)| (*matrix, Out::new(out, x.len(), matrix.rows)))
+        .map(|(matrix, out)| {
+            let cut = Cut::of_outputs(phase, matrix.rows);
+            (*matrix, cut, Out::new(out, x.len(), matrix.rows))
+        })
         .collect();
-    let tasks = products
-        .iter()
-        .map(|(matrix, _)| matrix.rows.div_ceil(TILE_ROWS))
-        .sum();
+    let tasks = products.iter().map(|(_, cut, _)| cut.tasks()).sum();
     pool.run(tasks, &|mut task| {
-        let (matrix, out) = products
+        let (matrix, cut, out) = products
             .iter()
-            .find(|(matrix, _)| {
-                let own = matrix.rows.div_ceil(TILE_ROWS);
-                let found = task < own;
-                task -= if found { 0 } else { own };
+            .find(|(_, cut, _)| {
+                let found = task < cut.tasks();
+                task -= if found { 0 } else { cut.tasks() };
                 found
             })
             .expect("tasks were counted over the same products");
-        let range = task * TILE_ROWS..((task + 1) * TILE_ROWS).min(matrix.rows);
-        let rows = matrix.rows(range.clone());
-        for tokens in chunks(0..x.len()) {
-            let mut product = Product::new();
-            product.compute(
-                kernels,
-                phase,
-                rows,
-                tokens.clone().map(|token| x.row(token)),
-            );
-            for (token, sums) in tokens.zip(&product.sums) {
-                // SAFETY: tasks take disjoint ranges of rows.
-                let out = unsafe { out.columns(token, range.start, range.len()) };
-                match into {
-                    Into::Set => out.copy_from_slice(&sums[..out.len()]),
-                    Into::Add => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += *sum),
-                }
+        let write = |token, range: Range<usize>, sums: &[f32]| {
+            // SAFETY: tasks take disjoint ranges of rows.
+            let out = unsafe { out.columns(token, range.start, range.len()) };
+            match into {
+                Into::Set => out.copy_from_slice(&sums[..out.len()]),
+                Into::Add => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += *sum),
             }
-        }
+        };
+        multiply(
+            kernels,
+            phase,
+            matrix,
+            cut.parts(task),
+            0..x.len(),
+            |i| x.row(i),
+            write,
+        );
     });
 }
 
-/// Cuts a range into ranges of at most [`TILE_TOKENS`], about as long as each other.
-pub(super) fn chunks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+/// Multiplies the rows of each part of `matrix` with tokens, and hands out `(token, part, products)`.
+pub(super) fn multiply<'a>(
+    kernels: &Kernels,
+    phase: Phase,
+    matrix: &Matrix,
+    parts: Parts,
+    tokens: Range<usize>,
+    x: impl Fn(usize) -> Activation<'a>,
+    mut write: impl FnMut(usize, Range<usize>, &[f32]),
+) {
+    match phase {
+        Phase::Prompt => {
+            for part in parts {
+                for some in chunks(tokens.clone(), TILE_TOKENS) {
+                    let mut product = Product::new();
+                    let rows = matrix.rows(part.clone());
+                    product.compute(kernels, phase, rows, some.clone().map(&x));
+                    for (token, sums) in some.zip(&product.sums) {
+                        write(token, part.clone(), sums);
+                    }
+                }
+            }
+        }
+        Phase::Generate => {
+            let runs: Runs<'_> = parts.iter().map(|part| matrix.rows(part.clone())).collect();
+            for some in chunks(tokens, FEW_TOKENS) {
+                let mut dots = Dots::new();
+                dots.compute(kernels, &runs, some.clone().map(&x));
+                for (token, sums) in some.zip(&dots.sums) {
+                    for (part, sums) in parts.iter().zip(sums) {
+                        write(token, part.clone(), sums);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// How the rows of a matrix are cut into tasks: into sections of which each task takes a part, so that a
+/// thread whose tasks follow each other streams memory from as many places as there are sections.
+#[derive(Clone, Copy)]
+pub(super) struct Cut {
+    rows: usize,
+    /// Rows of a section (but for the last): a multiple of `part`.
+    section: usize,
+    /// Rows of a part (but for the last of a section).
+    part: usize,
+}
+
+/// The rows of a task, a range a section.
+pub(super) type Parts = ArrayVec<Range<usize>, STREAMS>;
+
+impl Cut {
+    /// `sections` sections in parts of `part` rows.
+    pub(super) fn new(rows: usize, sections: usize, part: usize) -> Self {
+        let section = rows.div_ceil(sections).next_multiple_of(part);
+        Self {
+            rows,
+            section,
+            part,
+        }
+    }
+
+    /// For products of which each row stands for itself. A task of a prompt takes a tile. One of
+    /// generation takes as many rows in [`STREAMS`] places: few enough to balance cores of different speed,
+    /// and enough that claiming costs nothing (32 rows of 4096 four-bit weights are 74 KB).
+    pub(super) fn of_outputs(phase: Phase, rows: usize) -> Self {
+        match phase {
+            Phase::Prompt => Self::new(rows, 1, TILE_ROWS),
+            Phase::Generate => Self::new(rows, STREAMS, TILE_ROWS / STREAMS),
+        }
+    }
+
+    pub(super) fn tasks(&self) -> usize {
+        self.section.min(self.rows).div_ceil(self.part)
+    }
+
+    pub(super) fn parts(&self, task: usize) -> Parts {
+        let starts = (task * self.part..self.rows).step_by(self.section);
+        starts
+            .map(|start| start..(start + self.part).min(self.rows))
+            .collect()
+    }
+}
+
+/// Cuts a range into ranges of at most `most`, about as long as each other.
+pub(super) fn chunks(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
     let (start, len) = (range.start, range.len());
-    let chunks = len.div_ceil(TILE_TOKENS);
+    let chunks = len.div_ceil(most);
     (0..chunks).map(move |i| start + i * len / chunks..start + (i + 1) * len / chunks)
 }
 
@@ -110,6 +189,43 @@ impl<'a> Product<'a> {
             self.sums.push([0.0; TILE_ROWS]);
         }
         kernels.product(phase, rows, &self.x, &mut self.sums);
+    }
+}
+
+/// Tokens of generation that rows are multiplied with at a time.
+pub(super) const FEW_TOKENS: usize = 16;
+
+/// Runs of rows that are multiplied side by side.
+pub(super) type Runs<'a> = ArrayVec<Rows<'a>, STREAMS>;
+
+/// Storage on the stack for the products of runs of rows with up to [`FEW_TOKENS`] tokens.
+pub(super) struct Dots<'a> {
+    x: ArrayVec<Activation<'a>, FEW_TOKENS>,
+    /// The products, `[tokens][runs][rows]`.
+    pub(super) sums: ArrayVec<Sums, FEW_TOKENS>,
+}
+
+impl<'a> Dots<'a> {
+    #[inline]
+    pub(super) fn new() -> Self {
+        Self {
+            x: ArrayVec::new_const(),
+            sums: ArrayVec::new_const(),
+        }
+    }
+
+    /// Computes them.
+    pub(super) fn compute(
+        &mut self,
+        kernels: &Kernels,
+        runs: &[Rows<'_>],
+        x: impl Iterator<Item = Activation<'a>>,
+    ) {
+        for x in x {
+            self.x.push(x);
+            self.sums.push([[0.0; TILE_ROWS]; STREAMS]);
+        }
+        kernels.dots(runs, &self.x, &mut self.sums);
     }
 }
 

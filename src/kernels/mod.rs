@@ -52,6 +52,17 @@ use crate::tensor::Rows;
 /// `out` is as long as there are rows; `x` has `rows.cols` columns.
 pub type DotRows = fn(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]);
 
+/// Runs of rows that are multiplied side by side, one row of each at a time: a core gets more out of
+/// memory in four streams than in one.
+pub const STREAMS: usize = 4;
+
+/// The products of a token with [`STREAMS`] runs of up to [`TILE_ROWS`] rows.
+pub type Sums = [[f32; TILE_ROWS]; STREAMS];
+
+/// Dots the rows of four runs, which are as long as each other and of one type, with tokens:
+/// `out[t][run][r] = rows[run][r] · x[t]`, each the bits of [`DotRows`]. Loud columns are left out.
+pub type DotStreams = fn(rows: [Rows<'_>; STREAMS], x: &[Activation<'_>], out: &mut [Sums]);
+
 /// Quantizes activations to codes, a scale for each 32, and a sum of codes for each 16.
 pub type Quantize = fn(x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [i16]);
 
@@ -73,6 +84,8 @@ pub struct Kernels {
     pub name: &'static str,
     /// The dot product for each type.
     pub dot: fn(BlockType) -> DotRows,
+    /// The same of four runs of rows, where there is more to it than one run after the other.
+    pub dot_streams: fn(BlockType) -> Option<DotStreams>,
     /// The product of a tile of rows with many tokens for each type: what [`Phase::Prompt`] takes.
     /// `None`: the dot product of each row and token.
     pub tile: fn(BlockType) -> Option<Tile>,
@@ -124,6 +137,7 @@ impl Kernels {
     pub fn exact(&self) -> Kernels {
         Kernels {
             dot: self.exact,
+            dot_streams: |_| None,
             tile: self.exact_tile,
             add_loud: |_, _, _| {},
             ..*self
@@ -136,6 +150,32 @@ impl Kernels {
         (self.dot)(rows.kind)(rows, x, out);
         if !x.loud.is_empty() {
             (self.add_loud)(rows, x.loud, out);
+        }
+    }
+
+    /// `out[t][run][r] = runs[run][r] · x[t]` for up to [`STREAMS`] runs of up to [`TILE_ROWS`] rows: what
+    /// [`Phase::Generate`] takes. Each is the bits of [`dot_rows`](Self::dot_rows); what lies beyond
+    /// the last row of a run is left undefined.
+    pub fn dots(&self, runs: &[Rows<'_>], x: &[Activation<'_>], out: &mut [Sums]) {
+        debug_assert_eq!(x.len(), out.len());
+        if let &[a, b, c, d] = runs
+            && [b, c, d]
+                .iter()
+                .all(|run| (run.kind, run.cols, run.len()) == (a.kind, a.cols, a.len()))
+            && let Some(dot) = (self.dot_streams)(a.kind)
+        {
+            dot([a, b, c, d], x, out);
+        } else {
+            for (x, sums) in x.iter().zip(&mut *out) {
+                for (&run, sums) in runs.iter().zip(sums) {
+                    (self.dot)(run.kind)(run, *x, &mut sums[..run.len()]);
+                }
+            }
+        }
+        for (x, sums) in x.iter().zip(out).filter(|(x, _)| !x.loud.is_empty()) {
+            for (&run, sums) in runs.iter().zip(sums) {
+                (self.add_loud)(run, x.loud, &mut sums[..run.len()]);
+            }
         }
     }
 

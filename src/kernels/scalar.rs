@@ -25,6 +25,7 @@ use crate::tensor::Rows;
 pub static KERNELS: Kernels = Kernels {
     name: "scalar",
     dot,
+    dot_streams: |_| None,
     tile,
     exact: |_| dot_decoded,
     exact_tile: |_| Some(tile_decoded),

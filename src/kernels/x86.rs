@@ -3,6 +3,7 @@
 
 use std::arch::x86_64::*;
 
+use super::{Activation, STREAMS, Sums};
 use crate::quant::{Block, BlockIQ4XS, BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5K, BlockQ6K, F16};
 use crate::tensor::Rows;
 
@@ -17,25 +18,49 @@ macro_rules! entry {
 }
 pub(super) use entry;
 
-/// `out[r] = dot(row r)`, one row after the other. (Several rows at a time would share a few
-/// operations on the activation; but the CPU's prefetchers follow one long stream of bytes, and
-/// lose their way among several short ones.)
+/// `out[r] = dot(row r)`, one row after the other.
 #[inline(always)]
-pub(super) fn each_row<B: Block>(rows: Rows<'_>, out: &mut [f32], dot: impl Fn(&[B]) -> f32) {
+pub(super) fn each_row<B: Block>(
+    rows: Rows<'_>,
+    out: &mut [f32],
+    dot: impl Fn([&[B]; 1]) -> [f32; 1],
+) {
     for (index, out) in out.iter_mut().enumerate() {
-        *out = dot(bytemuck::cast_slice(rows.row(index)));
+        [*out] = dot([bytemuck::cast_slice(rows.row(index))]);
     }
 }
 
-/// How far ahead of the block in hand dot products ask for memory, in bytes. At the rate of one core
-/// this is a little more than what arrives in the time that memory takes to answer; the CPU's own
-/// prefetchers stop at the end of each page of 4 KiB.
-const AHEAD: usize = 4096;
-
-/// Asks for what lies [`AHEAD`] of `block`, as long as the block is.
+/// `out[t][run][r] = dot(row r of each run, x[t])`: one row of each run at a time, for all tokens while it
+/// is in the first cache.
 #[inline(always)]
-pub(super) fn prefetch_ahead<T>(block: &T) {
-    let start = std::ptr::from_ref(block).cast::<i8>().wrapping_add(AHEAD);
+pub(super) fn each_four<B: Block>(
+    rows: [Rows<'_>; STREAMS],
+    x: &[Activation<'_>],
+    out: &mut [Sums],
+    dot: impl Fn([&[B]; STREAMS], Activation<'_>) -> [f32; STREAMS],
+) {
+    for index in 0..rows[0].len() {
+        let four = rows.map(|rows| bytemuck::cast_slice(rows.row(index)));
+        for (x, out) in x.iter().zip(&mut *out) {
+            for (out, sum) in out.iter_mut().zip(dot(four, *x)) {
+                out[index] = sum;
+            }
+        }
+    }
+}
+
+/// How far ahead of the block in hand dot products ask for memory, in bytes, where `N` rows are gone through
+/// side by side. At the rate of one core this is a little more than what arrives in the time that
+/// memory takes to answer; the CPU's own prefetchers stop at the end of each page of 4 KiB.
+const fn ahead<const N: usize>() -> usize {
+    if N == 1 { 4096 } else { 2048 }
+}
+
+/// Asks for what lies [`ahead`] of `block`, as long as the block is.
+#[inline(always)]
+pub(super) fn prefetch_ahead<const N: usize, T>(block: &T) {
+    let start = std::ptr::from_ref(block).cast::<i8>();
+    let start = start.wrapping_add(const { ahead::<N>() });
     for line in (0..size_of::<T>()).step_by(64) {
         // SAFETY: a prefetch reads nothing and may name any address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line)) };

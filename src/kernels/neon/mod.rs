@@ -46,6 +46,7 @@ const fn table<M: Multiply>(name: &'static str, tile: fn(BlockType) -> Option<Ti
     Kernels {
         name,
         dot: dot::<M>,
+        dot_streams: |_| None,
         tile,
         exact,
         exact_tile,
