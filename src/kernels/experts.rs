@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::linear::{Cut, Dots, FEW_TOKENS, Out, Product, Runs, chunks, multiply};
-use super::{Activations, Kernels, Phase, STREAMS, TILE_ROWS, TILE_TOKENS};
+use super::{Activations, Kernels, Phase, TILE_ROWS, TILE_TOKENS};
 use crate::experts::Expert;
 use crate::threads::Pool;
 
@@ -80,7 +80,9 @@ pub fn feed_forward(
 
     hidden.resize(routes.len());
     let parts = hidden.parts();
-    let cut = Cut::new(ffn, sections(phase), TILE_ROWS);
+    // Gate and up are streamed side by side.
+    let streams = kernels.streams(phase, experts[first].gate.kind);
+    let cut = Cut::new(ffn, streams.div_ceil(2), TILE_ROWS);
     pool.run(active.len() * cut.tasks(), &|task| {
         let (expert, task) = (active[task / cut.tasks()], task % cut.tasks());
         let Expert { gate, up, .. } = &experts[expert];
@@ -127,7 +129,7 @@ pub fn feed_forward(
 
     let hidden = &*hidden;
     let out = Out::new(residual, x.len(), width);
-    let cut = Cut::of_outputs(phase, width);
+    let cut = Cut::of_outputs(kernels, phase, &experts[first].down);
     pool.run(cut.tasks(), &|task| {
         for &expert in &active {
             let write = |route: usize, range: Range<usize>, sums: &[f32]| {
@@ -151,12 +153,4 @@ pub fn feed_forward(
             );
         }
     });
-}
-
-/// Sections that gate and up rows are cut into: gate and up together make [`STREAMS`] runs.
-fn sections(phase: Phase) -> usize {
-    match phase {
-        Phase::Prompt => 1,
-        Phase::Generate => STREAMS / 2,
-    }
 }

@@ -32,7 +32,7 @@ pub fn linear(
     let products: Vec<_> = products
         .iter_mut()
         .map(|(matrix, out)| {
-            let cut = Cut::of_outputs(phase, matrix.rows);
+            let cut = Cut::of_outputs(kernels, phase, matrix);
             (*matrix, cut, Out::new(out, x.len(), matrix.rows))
         })
         .collect();
@@ -129,14 +129,12 @@ impl Cut {
         }
     }
 
-    /// For products of which each row stands for itself. A task of a prompt takes a tile. One of
-    /// generation takes as many rows in [`STREAMS`] places: few enough to balance cores of different speed,
-    /// and enough that claiming costs nothing (32 rows of 4096 four-bit weights are 74 KB).
-    pub(super) fn of_outputs(phase: Phase, rows: usize) -> Self {
-        match phase {
-            Phase::Prompt => Self::new(rows, 1, TILE_ROWS),
-            Phase::Generate => Self::new(rows, STREAMS, TILE_ROWS / STREAMS),
-        }
+    /// For products of which each row stands for itself: [`TILE_ROWS`] rows a task, few enough to balance
+    /// cores of different speed, and enough that claiming costs nothing (32 rows of 4096 four-bit
+    /// weights are 74 KB).
+    pub(super) fn of_outputs(kernels: &Kernels, phase: Phase, matrix: &Matrix) -> Self {
+        let streams = kernels.streams(phase, matrix.kind);
+        Self::new(matrix.rows, streams, TILE_ROWS / streams)
     }
 
     pub(super) fn tasks(&self) -> usize {

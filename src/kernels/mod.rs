@@ -153,6 +153,14 @@ impl Kernels {
         }
     }
 
+    /// How many runs of rows of `kind` are best multiplied side by side: [`STREAMS`], or 1.
+    pub fn streams(&self, phase: Phase, kind: BlockType) -> usize {
+        match phase == Phase::Generate && (self.dot_streams)(kind).is_some() {
+            true => STREAMS,
+            false => 1,
+        }
+    }
+
     /// `out[t][run][r] = runs[run][r] · x[t]` for up to [`STREAMS`] runs of up to [`TILE_ROWS`] rows: what
     /// [`Phase::Generate`] takes. Each is the bits of [`dot_rows`](Self::dot_rows); what lies beyond
     /// the last row of a run is left undefined.

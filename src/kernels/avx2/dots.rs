@@ -19,9 +19,9 @@ use std::hint::black_box;
 use super::codes::{Codes, SmallBlock};
 use super::multiply::{Multiply, pairs};
 use super::{load_f32, load_i8, load_i16, load_u8, sum_four, sum_lanes};
+use crate::kernels::Activation;
 use crate::kernels::activations::SCALE_LEN;
-use crate::kernels::x86::{SuperBlock, broadcast_f16, each_four, each_row, prefetch_ahead};
-use crate::kernels::{Activation, STREAMS, Sums};
+use crate::kernels::x86::{SuperBlock, broadcast_f16, each_row, prefetch_ahead};
 use crate::tensor::Rows;
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -30,50 +30,31 @@ pub(super) fn dot_blocks<M: Multiply, B: SmallBlock>(
     x: Activation<'_>,
     out: &mut [f32],
 ) {
-    each_row::<B>(rows, out, |row| small_blocks::<M, B, _>(row, x));
+    each_row::<B>(rows, out, |[row]| [small_blocks::<M, B>(row, x)]);
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn stream_blocks<M: Multiply, B: SmallBlock>(
-    rows: [Rows<'_>; STREAMS],
-    x: &[Activation<'_>],
-    out: &mut [Sums],
-) {
-    each_four::<B>(rows, x, out, |four, x| small_blocks::<M, B, _>(four, x));
-}
-
-/// Dots rows of small blocks, side by side, with an activation: eight blocks at a time, the rest one by
-/// one.
+/// Dots a row of small blocks with an activation: eight blocks at a time, the rest one by one.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn small_blocks<M: Multiply, B: SmallBlock, const N: usize>(
-    rows: [&[B]; N],
-    x: Activation<'_>,
-) -> [f32; N] {
-    let mut acc = [[_mm256_setzero_ps(); 4]; N];
+fn small_blocks<M: Multiply, B: SmallBlock>(row: &[B], x: Activation<'_>) -> f32 {
+    let mut acc = [_mm256_setzero_ps(); 4];
+    let (row, row_rest) = row.as_chunks::<8>();
     let (q, q_rest) = x.q.as_chunks::<{ 8 * SCALE_LEN }>();
     let (s, s_rest) = x.scales.as_chunks::<8>();
     let (sums, sums_rest) = x.sums.as_chunks::<16>();
-    let n = q.len();
-    let (s, sums) = (&s[..n], &sums[..n]);
-    let eights = rows.map(|row| &row.as_chunks::<8>().0[..n]);
-    for i in 0..n {
-        for (acc, row) in acc.iter_mut().zip(eights) {
-            prefetch_ahead::<N, _>(&row[i]);
-            *acc = add_blocks::<M, B, 8>(*acc, &row[i], &q[i], &s[i], &sums[i]);
-        }
+    for (((blocks, q), s), sums) in row.iter().zip(q).zip(s).zip(sums) {
+        prefetch_ahead::<1, _>(blocks);
+        acc = add_blocks::<M, B, 8>(acc, blocks, q, s, sums);
     }
     let (q_rest, _) = q_rest.as_chunks::<SCALE_LEN>();
     let (sums_rest, _) = sums_rest.as_chunks::<2>();
-    for (i, ((q, s), sums)) in q_rest.iter().zip(s_rest).zip(sums_rest).enumerate() {
+    for (((block, q), s), sums) in row_rest.iter().zip(q_rest).zip(s_rest).zip(sums_rest) {
         let (mut one_s, mut one_sum) = ([0.0; 8], [0; 16]);
         one_s[0] = *s;
         one_sum[..2].copy_from_slice(sums);
-        for (acc, row) in acc.iter_mut().zip(rows) {
-            *acc = add_blocks::<M, B, 1>(*acc, &[row[8 * n + i]], q, &one_s, &one_sum);
-        }
+        acc = add_blocks::<M, B, 1>(acc, &[*block], q, &one_s, &one_sum);
     }
-    acc.map(|acc| sum_four(acc))
+    sum_four(acc)
 }
 
 /// Adds the dot product of up to eight blocks; the scales and sums beyond the last are 0.
@@ -125,30 +106,18 @@ pub(super) fn dot_super_blocks<B: Codes + SuperBlock>(
     x: Activation<'_>,
     out: &mut [f32],
 ) {
-    each_row::<B>(rows, out, |row| super_blocks(row, x));
+    each_row::<B>(rows, out, |[row]| [super_blocks(row, x)]);
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn stream_super_blocks<B: Codes + SuperBlock>(
-    rows: [Rows<'_>; STREAMS],
-    x: &[Activation<'_>],
-    out: &mut [Sums],
-) {
-    each_four::<B>(rows, x, out, |four, x| super_blocks(four, x));
-}
-
-/// Dots rows of super-blocks, side by side, with an activation.
+/// Dots a row of super-blocks with an activation.
 ///
 /// The sums of pairs of a stripe, 8 for each 16 columns, meet the scale of those columns where
 /// they are added in twos and widened. AVX-VNNI, which leaves sums of fours in 32 bits, would
 /// need the scales in f32 and gain nothing.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn super_blocks<B: Codes + SuperBlock, const N: usize>(
-    rows: [&[B]; N],
-    x: Activation<'_>,
-) -> [f32; N] {
-    let mut acc = [_mm256_setzero_ps(); N];
+fn super_blocks<B: Codes + SuperBlock>(row: &[B], x: Activation<'_>) -> f32 {
+    let mut acc = _mm256_setzero_ps();
     let (q, _) = x.q.as_chunks::<256>();
     let (scales, _) = x.scales.as_chunks::<8>();
     let (sums, _) = x.sums.as_chunks::<16>();
@@ -156,36 +125,30 @@ fn super_blocks<B: Codes + SuperBlock, const N: usize>(
     let halves = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     // Hidden from the compiler, which would take two cheap shuffles for one.
     let spread = black_box(&SPREAD);
-    let n = q.len();
-    let (scales, sums) = (&scales[..n], &sums[..n]);
-    let rows = rows.map(|row| &row[..n]);
-    for i in 0..n {
-        let (q, s, sums) = (q[i].as_chunks::<32>().0, &scales[i], &sums[i]);
-        for (acc, row) in acc.iter_mut().zip(rows) {
-            let block = &row[i];
-            prefetch_ahead::<N, _>(block);
+    for (((block, q), s), sums) in row.iter().zip(q).zip(scales).zip(sums) {
+        prefetch_ahead::<1, _>(block);
+        let (q, _) = q.as_chunks::<32>();
+        // SAFETY: this function has the features.
+        let (scales, minima) = unsafe { block.scales_and_minima() };
+        let scales = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(scales, halves));
+        let mut terms = [_mm256_setzero_ps(); 2];
+        for j in 0..8 {
             // SAFETY: this function has the features.
-            let (scales, minima) = unsafe { block.scales_and_minima() };
-            let scales = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(scales, halves));
-            let mut terms = [_mm256_setzero_ps(); 2];
-            for j in 0..8 {
-                // SAFETY: this function has the features.
-                let codes = unsafe { block.codes(j) };
-                let pairs = pairs(codes, B::OFFSET, load_i8(&q[j]));
-                let scale = _mm256_shuffle_epi8(scales, load_u8(&spread[j]));
-                let dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, scale));
-                terms[j % 2] = _mm256_fmadd_ps(dot, _mm256_set1_ps(s[j]), terms[j % 2]);
-            }
-            let d = broadcast_f16(block.d());
-            let mut sum = _mm256_mul_ps(_mm256_add_ps(terms[0], terms[1]), d);
-            if B::MINIMA {
-                let minima = _mm256_madd_epi16(_mm256_cvtepi8_epi16(minima), load_i16(sums));
-                let minima = _mm256_mul_ps(_mm256_cvtepi32_ps(minima), load_f32(s));
-                sum = _mm256_fnmadd_ps(minima, broadcast_f16(block.dmin()), sum);
-            }
-            // One addition from block to block: the compiler keeps this sum in memory.
-            *acc = _mm256_add_ps(*acc, sum);
+            let codes = unsafe { block.codes(j) };
+            let pairs = pairs(codes, B::OFFSET, load_i8(&q[j]));
+            let scale = _mm256_shuffle_epi8(scales, load_u8(&spread[j]));
+            let dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, scale));
+            terms[j % 2] = _mm256_fmadd_ps(dot, _mm256_set1_ps(s[j]), terms[j % 2]);
         }
+        let d = broadcast_f16(block.d());
+        let mut sum = _mm256_mul_ps(_mm256_add_ps(terms[0], terms[1]), d);
+        if B::MINIMA {
+            let minima = _mm256_madd_epi16(_mm256_cvtepi8_epi16(minima), load_i16(sums));
+            let minima = _mm256_mul_ps(_mm256_cvtepi32_ps(minima), load_f32(s));
+            sum = _mm256_fnmadd_ps(minima, broadcast_f16(block.dmin()), sum);
+        }
+        // One addition from block to block: the compiler keeps this sum in memory.
+        acc = _mm256_add_ps(acc, sum);
     }
-    acc.map(|acc| sum_lanes(acc))
+    sum_lanes(acc)
 }
