@@ -11,7 +11,7 @@
 //! There is a kernel for each phase. In both, keys and values of any type are expanded to f32 in the core's
 //! own cache, once for all the queries that meet there.
 //!
-//! A prompt ([`tile`]) has queries enough to fill registers with: lanes are queries (tokens × heads), and
+//! A prompt (`tile`) has queries enough to fill registers with: lanes are queries (tokens × heads), and
 //! scores and sums are matrix products in which a key's or a value's elements are broadcast. No lane ever
 //! meets another, and the softmax needs no sums across lanes:
 //!
@@ -20,9 +20,9 @@
 //! mixed  [dim][query]     += Vᵀ [dim][position] · weights [position][query]
 //! ```
 //!
-//! Generation ([`segment`]) has the few heads of one token. Lanes are elements of keys and values, and the
+//! Generation (`segment`) has the few heads of one token. Lanes are elements of keys and values, and the
 //! positions are cut into segments, again absolute, that are tasks of their own: a long context keeps many
-//! threads busy, and [`merge`] adds up the segments in ascending order whoever computed them.
+//! threads busy, and `merge` adds up the segments in ascending order whoever computed them.
 
 // Iterators would bring closures, which need not be inlined: see the module `lanes`.
 #![allow(clippy::needless_range_loop)]

@@ -20,13 +20,13 @@ pub struct Floats {
     /// Rotates each pair `(x[2i], x[2i + 1])` of a head by the angle of which `turns[i]` holds cosine and
     /// sine; what lies behind the last pair stays.
     pub turn: fn(x: &mut [f32], turns: &[(f32, f32)]),
-    /// Multiplies a head with a normalised Hadamard matrix: see [`hadamard`].
+    /// Multiplies a head with a normalised Hadamard matrix: see `hadamard`.
     pub hadamard: fn(x: &mut [f32]),
-    /// Attention in a prompt: see [`attention::tile`].
+    /// Attention in a prompt: see `attention::tile`.
     pub attend_tile: fn(&Head<'_>, &Queries<'_>, &mut Scratch, out: &mut [f32]),
-    /// Attention of one token to a segment of its context: see [`attention::segment`].
+    /// Attention of one token to a segment of its context: see `attention::segment`.
     pub attend_segment: fn(&Head<'_>, &Queries<'_>, index: usize, &mut Scratch, out: &mut [f32]),
-    /// The attention of one head out of its segments: see [`attention::merge`].
+    /// The attention of one head out of its segments: see `attention::merge`.
     pub merge: fn(partials: &[f32], stride: usize, out: &mut [f32]),
 }
 

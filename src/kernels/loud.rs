@@ -11,7 +11,7 @@
 //!
 //! Which columns those are depends on the row alone: greedily, the one without which the sum of
 //! the groups' squared maxima, to which the noise of rounding is proportional, falls furthest;
-//! as long as it falls by a [`WORTH`]th. (Of two in one group that are equally loud, neither is
+//! as long as it falls by a `WORTH`th. (Of two in one group that are equally loud, neither is
 //! found: a model has few such channels, and they seldom meet.)
 
 use arrayvec::ArrayVec;
