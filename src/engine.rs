@@ -543,6 +543,22 @@ impl Session {
         })
     }
 
+    /// Forgets everything and takes over the first `len` tokens of `other` with their keys and values, so that
+    /// they need not be computed again. There are no logits until the next [`feed`](Self::feed).
+    ///
+    /// # Panics
+    /// If `other` is another engine's, has fewer tokens, or if they do not fit.
+    pub fn copy_from(&mut self, other: &Self, len: usize) {
+        assert!(
+            Arc::ptr_eq(&self.engine, &other.engine),
+            "a session of another engine"
+        );
+        self.cache.copy_from(&other.cache, len);
+        self.logits.clear();
+        self.tokens.clear();
+        self.tokens.extend_from_slice(&other.tokens[..len]);
+    }
+
     /// Forgets all but the first `len` tokens. The logits after the last of those are kept where
     /// they are held ([`logits_after`](Self::logits_after)); else they are gone until the next
     /// [`feed`](Self::feed).

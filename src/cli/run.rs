@@ -7,8 +7,9 @@ use anyhow::Context;
 use serde_json::json;
 
 use super::common::{
-    ModelArgs, STDOUT, SamplingArgs, Usage, at_least, context_of, note, print_json, speed, utf8,
+    ModelArgs, STDOUT, Usage, at_least, context_of, note, print_json, speed, utf8,
 };
+use super::sampling::SamplingArgs;
 use crate::generation::Generation;
 use crate::sampler::Sampler;
 
@@ -75,7 +76,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let limit = args.n.unwrap_or(usize::MAX);
 
     let mut session = engine.session(context)?;
-    let mut sampler = Sampler::new(args.sampling.settings());
+    let mut sampler = Sampler::new(args.sampling.settings()).with_vocabulary(tokenizer);
     let start = Instant::now();
     session.feed(&prompt)?;
     let pp_tok_s = speed(prompt.len(), start.elapsed());
