@@ -97,20 +97,22 @@ impl<'t> Answer<'t> {
             self.held.truncate(at);
             return std::mem::take(&mut self.held);
         }
-        let rest = self.held.split_off(self.certain());
+        let rest = self.held.split_off(certain(&self.held, &self.stops));
         std::mem::replace(&mut self.held, rest)
     }
+}
 
-    /// Bytes of the held text that belong to no stop string, whatever comes.
-    fn certain(&self) -> usize {
-        let held = &self.held;
-        let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
-        let first = held.len().saturating_sub(longest.saturating_sub(1));
-        let begins = |&at: &usize| {
-            held.is_char_boundary(at) && self.stops.iter().any(|stop| stop.starts_with(&held[at..]))
-        };
-        (first..held.len()).find(begins).unwrap_or(held.len())
-    }
+/// Bytes of `text` that belong to none of `stops`, whatever comes after it.
+pub fn certain(text: &str, stops: &[impl AsRef<str>]) -> usize {
+    let longest = stops.iter().map(|stop| stop.as_ref().len()).max();
+    let first = text
+        .len()
+        .saturating_sub(longest.unwrap_or(0).saturating_sub(1));
+    let begins = |&at: &usize| {
+        let rest = text.is_char_boundary(at).then(|| &text[at..]);
+        rest.is_some_and(|rest| stops.iter().any(|stop| stop.as_ref().starts_with(rest)))
+    };
+    (first..text.len()).find(begins).unwrap_or(text.len())
 }
 
 #[cfg(test)]

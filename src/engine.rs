@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::gguf::{self, Gguf};
 use crate::kernels::{Kernels, Phase};
-use crate::model::{self, KvCache, KvKind, Model, Slot, State, forward};
+use crate::model::{self, KvCache, KvKind, Model, Slot, State, forward, hidden_states};
 use crate::plan;
 use crate::quant::BlockType;
 use crate::threads::{self, CpuSet, Pool};
@@ -504,6 +504,38 @@ impl Session {
             self.logits.clear();
             let last = state.logits.len().saturating_sub(vocab);
             self.logits.extend_from_slice(&state.logits[last..]);
+        }
+        Ok(())
+    }
+
+    /// Appends a prompt and calls `visit(i, hidden)` with the final hidden state (`[hidden]`, after the output norm) of
+    /// each of its tokens, in order. There are no logits after it. The engine is busy while `visit` runs, as in
+    /// [`score`](Self::score).
+    ///
+    /// # Errors
+    /// As [`feed`](Self::feed), except that damaged weights show in the hidden states only.
+    pub fn hidden_states(
+        &mut self,
+        tokens: &[u32],
+        mut visit: impl FnMut(usize, &[f32]),
+    ) -> Result<(), Error> {
+        self.check(tokens)?;
+        let engine = Arc::clone(&self.engine);
+        self.logits.clear();
+        let mut start = 0;
+        for part in tokens.chunks(engine.batch) {
+            let slot = Slot {
+                cache: &mut self.cache,
+                tokens: part,
+                logits_from: part.len(),
+            };
+            let state = engine.forward(Phase::Prompt, vec![slot]);
+            self.tokens.extend_from_slice(part);
+            let (model, kernels) = (&engine.model, &engine.kernels);
+            hidden_states(model, kernels, &state, part.len(), |t, hidden| {
+                visit(start + t, hidden)
+            });
+            start += part.len();
         }
         Ok(())
     }

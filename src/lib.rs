@@ -14,6 +14,7 @@
 //!   [`Session`](engine::Session), one timeline with its KV cache
 //! - [`sampler`], [`draft`], [`generation`]: from logits to a token; guesses of the next ones; a session's tokens
 //! - [`answer`]: the text of these tokens, up to a stop string
+//! - `grammar`: texts that follow a JSON Schema or a grammar (feature `grammar`)
 //! - [`chat`], [`perplexity`], [`bench`](mod@bench): what is built on those two
 //! - `serve`: a server for OpenAI's clients (feature `serve`)
 //! - [`cli`]: one file a command
@@ -30,6 +31,8 @@ pub mod engine;
 pub mod experts;
 pub mod generation;
 pub mod gguf;
+#[cfg(feature = "grammar")]
+pub mod grammar;
 pub mod kernels;
 pub mod model;
 pub mod perplexity;

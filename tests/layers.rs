@@ -16,7 +16,7 @@ const LAYERS: [&[&str]; 12] = [
     &["model"],
     &["engine"],
     &["sampler", "draft", "answer"],
-    &["generation", "chat", "perplexity", "bench"],
+    &["generation", "chat", "grammar", "perplexity", "bench"],
     &["serve"],
     &["cli"],
 ];

@@ -10,6 +10,8 @@ mod run;
 mod sampling;
 #[cfg(feature = "serve")]
 mod serve;
+#[cfg(feature = "grammar")]
+mod shape;
 
 use std::io::ErrorKind;
 use std::process::ExitCode;

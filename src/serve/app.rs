@@ -1,20 +1,20 @@
 //! What all requests share.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use axum::http::StatusCode;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::Config;
 use super::error::ApiError;
-use super::job::{Event, Job, Text};
+use super::job::{Event, Job, Purpose};
 use super::metrics::Metrics;
 use super::worker::Share;
 use crate::chat::Template;
 use crate::engine::Engine;
+use crate::grammar::{Grammar, Grammars};
 use crate::sampler::{Sampler, Settings};
 
 /// The model, the way to the worker, and the limits.
@@ -31,6 +31,8 @@ pub struct App {
     pub share: Share,
     /// When the model's file was made, in seconds since 1970.
     pub created: u64,
+    /// Grammars over its vocabulary, or why there are none.
+    pub grammars: OnceLock<Result<Grammars, crate::grammar::Error>>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     jobs: UnboundedSender<Job>,
@@ -39,18 +41,17 @@ pub struct App {
     requests: AtomicU64,
 }
 
-/// A text that a request wants.
+/// A prompt that a request brings.
 pub struct Wish {
-    /// The prompt's tokens.
-    pub prompt: Arc<Vec<u32>>,
-    /// Tokens to write at most.
-    pub limit: Option<usize>,
-    /// How to choose them.
-    pub settings: Settings,
-    /// How the text begins and ends.
-    pub text: Text,
-    /// Likely tokens to tell beside each.
-    pub likely: Option<usize>,
+    prompt: Arc<Vec<u32>>,
+    purpose: Purpose,
+}
+
+impl Wish {
+    /// Reads `prompt` for `purpose`; a text is cut where there is no room for more.
+    pub fn new(prompt: Arc<Vec<u32>>, purpose: Purpose) -> Self {
+        Self { prompt, purpose }
+    }
 }
 
 impl App {
@@ -70,6 +71,7 @@ impl App {
             created: made.map_or(0, seconds),
             places: Arc::new(Semaphore::new(config.queue)),
             requests: AtomicU64::new(0),
+            grammars: OnceLock::new(),
             engine,
             config,
             share,
@@ -100,24 +102,45 @@ impl App {
         let (events, receiver) = unbounded_channel();
         for (choice, wish) in wishes.into_iter().enumerate() {
             let place = places.split(1).expect("a place for each");
-            let room = context - wish.prompt.len();
-            let most = self.config.limit.unwrap_or(usize::MAX).min(room);
+            let mut purpose = wish.purpose;
+            if let Purpose::Text(writer) = &mut purpose {
+                let room = context - wish.prompt.len();
+                let most = self.config.limit.unwrap_or(usize::MAX).min(room);
+                writer.limit = writer.limit.min(most);
+            }
             let job = Job {
                 choice,
-                limit: wish.limit.unwrap_or(most).min(most),
                 prompt: wish.prompt.to_vec(),
-                sampler: Sampler::new(wish.settings).with_vocabulary(self.engine.tokenizer()),
-                text: wish.text,
-                likely: wish.likely,
+                purpose,
                 events: events.clone(),
                 place: Some(place),
             };
-            self.jobs.send(job).map_err(|_| {
-                let message = "the server is shutting down";
-                ApiError::status(StatusCode::SERVICE_UNAVAILABLE, message)
-            })?;
+            self.jobs.send(job).map_err(|_| ApiError::ending())?;
         }
         Ok(receiver)
+    }
+
+    /// The sampler for a text, under a grammar if there is one.
+    ///
+    /// # Errors
+    /// Where the grammar cannot be used.
+    pub fn sampler(
+        &self,
+        settings: Settings,
+        grammar: Option<&Grammar>,
+    ) -> Result<Sampler, ApiError> {
+        let tokenizer = self.engine.tokenizer();
+        let sampler = Sampler::new(settings).with_vocabulary(tokenizer);
+        let Some(grammar) = grammar else {
+            return Ok(sampler);
+        };
+        let grammars = self.grammars.get_or_init(|| Grammars::new(tokenizer));
+        let grammars = grammars
+            .as_ref()
+            .map_err(|error| ApiError::failed(error.to_string()))?;
+        let constraint = grammars.constraint(grammar);
+        let constraint = constraint.map_err(|error| ApiError::bad(error.to_string()))?;
+        Ok(sampler.with_constraint(Some(constraint)))
     }
 
     /// A name for a request, and a seed where it brings none.

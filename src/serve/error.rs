@@ -73,6 +73,12 @@ impl ApiError {
         }
     }
 
+    /// The worker goes away before it is done.
+    pub fn ending() -> Self {
+        let message = "the server is shutting down";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
+    }
+
     /// It failed here.
     pub fn failed(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, message)

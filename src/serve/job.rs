@@ -7,12 +7,31 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::sampler::Sampler;
 
-/// One text to write.
+/// One text to write, or to embed.
 pub struct Job {
     /// Which of a request's choices it is.
     pub choice: usize,
     /// Tokens to read, at least one, and fewer than a session holds.
     pub prompt: Vec<u32>,
+    /// What for.
+    pub purpose: Purpose,
+    /// Where to tell. That nobody listens any more cancels the job. What is told and not read yet is bounded by
+    /// the session's room, so that the worker never waits for a slow reader.
+    pub events: UnboundedSender<Event>,
+    /// The place in the queue; given back when the job gets a slot.
+    pub place: Option<OwnedSemaphorePermit>,
+}
+
+/// What a prompt is read for.
+pub enum Purpose {
+    /// To write on.
+    Text(Box<Writer>),
+    /// For the mean of its final hidden states.
+    Embedding,
+}
+
+/// How a text is written.
+pub struct Writer {
     /// Tokens to write at most.
     pub limit: usize,
     /// How they are chosen.
@@ -21,11 +40,6 @@ pub struct Job {
     pub text: Text,
     /// How many likely tokens to tell beside each that is written; `None` where nobody asks for probabilities.
     pub likely: Option<usize>,
-    /// Where to tell. That nobody listens any more cancels the job. What is told and not read yet is bounded by
-    /// `limit`, so that the worker never waits for a slow reader.
-    pub events: UnboundedSender<Event>,
-    /// The place in the queue; given back when the job gets a slot.
-    pub place: Option<OwnedSemaphorePermit>,
 }
 
 /// How a text begins and ends.
@@ -58,6 +72,8 @@ pub enum News {
         /// The tokens since the last event, where probabilities are asked for.
         tokens: Vec<Chosen>,
     },
+    /// The mean of the final hidden states, `[hidden]`; nothing follows.
+    Embedding(Vec<f32>),
     /// The text is complete; nothing follows.
     Done(Done),
     /// It could not be completed; nothing follows.

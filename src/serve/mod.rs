@@ -11,6 +11,8 @@ mod guard;
 pub mod job;
 mod listen;
 mod metrics;
+mod page;
+mod tools;
 mod worker;
 
 use std::net::{SocketAddr, TcpListener};

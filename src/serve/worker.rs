@@ -14,7 +14,7 @@ use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 
-use super::job::{Chosen, Done, Event, Finish, Job, News};
+use super::job::{Chosen, Done, Event, Finish, Job, News, Purpose};
 use super::metrics::Metrics;
 use crate::answer::Answer;
 use crate::engine::{Engine, Error, Session, Turn};
@@ -101,6 +101,8 @@ struct Slot<'e> {
 struct Task<'e> {
     job: Job,
     answer: Answer<'e>,
+    /// The sum of the hidden states, for an embedding.
+    sum: Vec<f32>,
     /// `None` while the prompt is read.
     writing: Option<Writing>,
     /// Whether the slot holds what others had of the prompt.
@@ -285,23 +287,41 @@ impl<'e> Desk<'e> {
             self.jobs += 1;
             let now = Instant::now();
             let tokenizer = self.engine.tokenizer();
-            let mut answer = match &job.text.lead {
-                None => Answer::continuing(tokenizer),
-                Some(lead) => Answer::to(&job.prompt, lead, tokenizer),
+            let answer = match &job.purpose {
+                Purpose::Embedding => Answer::continuing(tokenizer),
+                Purpose::Text(writer) => {
+                    let text = &writer.text;
+                    let answer = match &text.lead {
+                        None => Answer::continuing(tokenizer),
+                        Some(lead) => Answer::to(&job.prompt, lead, tokenizer),
+                    };
+                    let answer = answer.with_stops(text.stops.clone());
+                    if text.special {
+                        answer.with_special()
+                    } else {
+                        answer
+                    }
+                }
             };
-            answer = answer.with_stops(job.text.stops.clone());
-            if job.text.special {
-                answer = answer.with_special();
-            }
+            let hidden = match job.purpose {
+                Purpose::Embedding => self.engine.shape().hidden,
+                Purpose::Text(_) => 0,
+            };
             let slot = &mut self.slots[index];
             slot.used = self.jobs;
-            let kept = slot.common(&job.prompt);
+            // All hidden states are needed, and none are kept.
+            let kept = if hidden > 0 {
+                0
+            } else {
+                slot.common(&job.prompt)
+            };
             slot.rewind(kept);
             slot.task = Some(Task {
                 job,
                 answer,
+                sum: vec![0.0; hidden],
                 writing: None,
-                shared: false,
+                shared: hidden > 0,
                 cached: kept,
                 tokens: 0,
                 chosen: Vec::new(),
@@ -334,7 +354,12 @@ impl<'e> Desk<'e> {
         let rest = &task.job.prompt[slot.read..];
         let part = &rest[..rest.len().min(most)];
         let start = Instant::now();
-        let result = slot.session.feed(part);
+        let result = match task.job.purpose {
+            Purpose::Text(_) => slot.session.feed(part).map(drop),
+            Purpose::Embedding => slot.session.hidden_states(part, |_, hidden| {
+                (task.sum.iter_mut().zip(hidden)).for_each(|(sum, x)| *sum += x);
+            }),
+        };
         let time = start.elapsed();
         self.metrics.read.add(part.len() as u64);
         self.metrics.reading.add(time);
@@ -346,11 +371,21 @@ impl<'e> Desk<'e> {
             return slot.end(|_| News::Failed(error.to_string()));
         }
         slot.read += part.len();
-        if part.len() == rest.len() {
-            task.writing =
-                Some(Writing::new(&slot.session, task.job.limit).with_drafts(self.drafts));
-            task.first = Instant::now();
-            draw(slot, self.metrics);
+        if part.len() < rest.len() {
+            return;
+        }
+        match &task.job.purpose {
+            Purpose::Embedding => slot.end(|task| {
+                let count = task.job.prompt.len() as f32;
+                let mean = task.sum.iter().map(|sum| sum / count);
+                News::Embedding(mean.collect())
+            }),
+            Purpose::Text(writer) => {
+                let writing = Writing::new(&slot.session, writer.limit);
+                task.writing = Some(writing.with_drafts(self.drafts));
+                task.first = Instant::now();
+                draw(slot, self.metrics);
+            }
         }
     }
 
@@ -420,7 +455,7 @@ impl<'e> Desk<'e> {
 fn draw(slot: &mut Slot, metrics: &Metrics) {
     let Slot { session, task, .. } = slot;
     let Some(task) = task else { return };
-    let Some(writing) = &mut task.writing else {
+    let (Some(writing), Purpose::Text(writer)) = (&mut task.writing, &mut task.job.purpose) else {
         return;
     };
     let mut text = String::new();
@@ -432,13 +467,13 @@ fn draw(slot: &mut Slot, metrics: &Metrics) {
             break None;
         }
         // Of the model itself, before any step of the sampler.
-        let logits = task.job.likely.map(|_| writing.logits(session).to_vec());
-        let Some(token) = writing.draw(session, &mut task.job.sampler) else {
+        let logits = writer.likely.map(|_| writing.logits(session).to_vec());
+        let Some(token) = writing.draw(session, &mut writer.sampler) else {
             break Some(Finish::End);
         };
         task.tokens += 1;
         metrics.written.add(1);
-        if let (Some(logits), Some(count)) = (logits, task.job.likely) {
+        if let (Some(logits), Some(count)) = (logits, writer.likely) {
             task.chosen.push(Chosen::of(token, &logits, count));
         }
         text += &task.answer.push(token);

@@ -6,11 +6,12 @@ use axum::extract::State;
 use axum::response::Response;
 use serde::Deserialize;
 
+use super::format;
 use super::reply::{Form, Reply};
-use super::request::{Common, MOST_LIKELY, Object};
+use super::request::{Common, MOST_LIKELY, Object, Prompts, blocking};
 use crate::serve::app::{App, Wish};
 use crate::serve::error::ApiError;
-use crate::serve::job::Text;
+use crate::serve::job::{Purpose, Text, Writer};
 
 #[derive(Deserialize)]
 struct Fields {
@@ -22,29 +23,18 @@ struct Fields {
     logprobs: Option<usize>,
 }
 
-/// Texts or tokens, one or several.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Prompts {
-    Text(String),
-    Texts(Vec<String>),
-    Tokens(Vec<u32>),
-    SeveralTokens(Vec<Vec<u32>>),
-}
-
 /// Goes on where prompts end.
 pub async fn complete(State(app): State<Arc<App>>, object: Object) -> Result<Response, ApiError> {
     let common: Common = object.parse()?;
     let fields: Fields = object.parse()?;
     if fields.suffix.is_some_and(|suffix| !suffix.is_empty()) {
-        return Err(ApiError::field(
-            "suffix",
-            "text cannot be filled in before other text",
-        ));
+        let problem = "text cannot be filled in before other text";
+        return Err(ApiError::field("suffix", problem));
     }
     let n = common.choices()?;
     if fields.best_of.is_some_and(|best| best != n as i64) {
-        return Err(ApiError::field("best_of", "must be absent, or equal to n"));
+        let problem = "must be absent, or equal to n";
+        return Err(ApiError::field("best_of", problem));
     }
     if fields.logprobs.is_some_and(|count| count > MOST_LIKELY) {
         let problem = format!("must be within 0 and {MOST_LIKELY}");
@@ -53,36 +43,38 @@ pub async fn complete(State(app): State<Arc<App>>, object: Object) -> Result<Res
     if fields.echo && fields.logprobs.is_some() {
         return Err(ApiError::field("echo", "cannot be combined with logprobs"));
     }
-    let builder = Arc::clone(&app);
-    let prompts = tokio::task::spawn_blocking(move || prompts(&builder, fields.prompt));
-    let prompts = prompts
-        .await
-        .map_err(|error| ApiError::failed(error.to_string()))??;
+    let prompts = fields.prompt.read(&app, "prompt").await?;
+    let beginnings = prompts.iter().map(|prompt| match fields.echo {
+        true => app.engine.tokenizer().decode(prompt, false),
+        false => String::new(),
+    });
+    let beginnings: Vec<String> = beginnings.flat_map(|text| vec![text; n]).collect();
 
     let (id, seed) = app.next();
     let settings = common.settings(&object, &app.config.settings, seed, n)?;
     let limit = common.limit()?;
-    let (mut wishes, mut beginnings) = (Vec::new(), Vec::new());
-    for prompt in prompts.into_iter().map(Arc::new) {
-        let echoed = match fields.echo {
-            true => app.engine.tokenizer().decode(&prompt, false),
-            false => String::new(),
-        };
-        for settings in settings.clone() {
-            beginnings.push(echoed.clone());
-            wishes.push(Wish {
-                prompt: Arc::clone(&prompt),
-                limit,
-                settings,
-                text: Text {
-                    stops: common.stops(),
-                    ..Text::default()
-                },
-                likely: fields.logprobs,
-            });
+    let (stops, likely) = (common.stops(), fields.logprobs);
+    let grammar = format::of(&object)?;
+    let events = blocking(&app, move |app| {
+        let mut wishes = Vec::new();
+        for prompt in prompts.into_iter().map(Arc::new) {
+            for settings in settings.clone() {
+                let writer = Writer {
+                    limit: limit.unwrap_or(usize::MAX),
+                    sampler: app.sampler(settings, grammar.as_ref())?,
+                    text: Text {
+                        stops: stops.clone(),
+                        ..Text::default()
+                    },
+                    likely,
+                };
+                let purpose = Purpose::Text(Box::new(writer));
+                wishes.push(Wish::new(Arc::clone(&prompt), purpose));
+            }
         }
-    }
-    let events = app.submit(wishes)?;
+        app.submit(wishes)
+    });
+    let events = events.await?;
     let reply = Reply::new(&app, &id, Form::Completion, beginnings)
         .with_logprobs(fields.logprobs.is_some())
         .with_usage(common.stream_options.include_usage);
@@ -90,32 +82,4 @@ pub async fn complete(State(app): State<Arc<App>>, object: Object) -> Result<Res
         true => Ok(reply.stream(events)),
         false => reply.whole(events).await,
     }
-}
-
-/// The tokens of each prompt.
-fn prompts(app: &App, prompts: Prompts) -> Result<Vec<Vec<u32>>, ApiError> {
-    let tokenizer = app.engine.tokenizer();
-    let encode = |text: String| Ok(tokenizer.encode_with_bos(&text, true)?);
-    let prompts = match prompts {
-        Prompts::Text(text) => vec![encode(text)?],
-        Prompts::Texts(texts) => texts
-            .into_iter()
-            .map(encode)
-            .collect::<Result<_, ApiError>>()?,
-        Prompts::Tokens(tokens) => vec![tokens],
-        Prompts::SeveralTokens(prompts) => prompts,
-    };
-    let vocab = app.engine.shape().vocab;
-    if let Some(token) = prompts
-        .iter()
-        .flatten()
-        .find(|&&token| token as usize >= vocab)
-    {
-        let problem = format!("token {token} is outside the vocabulary of {vocab}");
-        return Err(ApiError::field("prompt", problem));
-    }
-    if prompts.is_empty() || prompts.iter().any(Vec::is_empty) {
-        return Err(ApiError::field("prompt", "is empty"));
-    }
-    Ok(prompts)
 }

@@ -2,6 +2,8 @@
 
 mod chat;
 mod completions;
+mod embeddings;
+mod format;
 mod reply;
 mod request;
 mod tokens;
@@ -19,14 +21,16 @@ use serde_json::json;
 
 use super::app::App;
 use super::error::ApiError;
+use super::page;
 use crate::plan::Sizes;
 
 /// All routes.
 pub fn router(app: Arc<App>) -> Router {
-    let paths: [(&str, MethodRouter<Arc<App>>); 8] = [
+    let paths: [(&str, MethodRouter<Arc<App>>); 9] = [
         ("/models", get(models)),
         ("/chat/completions", post(chat::complete)),
         ("/completions", post(completions::complete)),
+        ("/embeddings", post(embeddings::embed)),
         ("/tokenize", post(tokens::tokenize)),
         ("/detokenize", post(tokens::detokenize)),
         ("/health", get(health)),
@@ -40,7 +44,10 @@ pub fn router(app: Arc<App>) -> Router {
         router = router.route(&format!("/v1{path}"), method.clone());
         router = router.route(path, method);
     }
-    router.fallback(nothing_there).with_state(app)
+    router
+        .merge(page::router())
+        .fallback(nothing_there)
+        .with_state(app)
 }
 
 async fn wrong_method(uri: Uri) -> ApiError {

@@ -14,6 +14,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use crate::serve::app::{App, seconds};
 use crate::serve::error::ApiError;
 use crate::serve::job::{Chosen, Done, Event, Finish, Likely, News};
+use crate::serve::tools::{Call, Sorter};
 
 /// Which of the two forms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +33,7 @@ pub struct Reply {
     form: Form,
     choices: Vec<Choice>,
     logprobs: bool,
+    calls: bool,
     usage: bool,
 }
 
@@ -45,6 +47,8 @@ struct Choice {
     begun: bool,
     /// Bytes of the tokens that a stream has told the probabilities of.
     told: usize,
+    /// Tells calls of tools from text.
+    sorter: Sorter,
 }
 
 impl Reply {
@@ -65,6 +69,7 @@ impl Reply {
             form,
             choices: beginnings.into_iter().map(choice).collect(),
             logprobs: false,
+            calls: false,
             usage: false,
         }
     }
@@ -72,6 +77,12 @@ impl Reply {
     /// Tells the probabilities of tokens.
     pub fn with_logprobs(mut self, logprobs: bool) -> Self {
         self.logprobs = logprobs;
+        self
+    }
+
+    /// Looks for calls of tools.
+    pub fn with_calls(mut self, calls: bool) -> Self {
+        self.calls = calls;
         self
     }
 
@@ -95,24 +106,42 @@ impl Reply {
                 }
                 News::Done(done) => choice.done = Some(done),
                 News::Failed(message) => return Err(ApiError::failed(message)),
+                News::Embedding(_) => {}
             }
         }
         let mut choices = Vec::new();
         for (index, choice) in self.choices.iter().enumerate() {
             let Some(done) = &choice.done else {
-                return Err(gone());
+                return Err(ApiError::ending());
             };
-            let text = &choice.text[..];
             let mut value = json!({"index": index});
+            let mut finish = reason(&done.finish);
             match self.form {
+                Form::Completion => value["text"] = choice.text[..].into(),
                 Form::Chat => {
-                    value["message"] =
+                    let mut sorter = Sorter::default();
+                    let (text, calls) = match self.calls {
+                        false => (choice.text.clone(), Vec::new()),
+                        true => {
+                            let text = sorter.push(&choice.text);
+                            let (rest, calls) = sorter.finish();
+                            (text + &rest, calls)
+                        }
+                    };
+                    let mut message =
                         json!({"role": "assistant", "content": text, "refusal": null});
+                    if !calls.is_empty() {
+                        finish = "tool_calls";
+                        message["tool_calls"] = self.calls(index, &calls, false);
+                        if text.is_empty() {
+                            message["content"] = Value::Null;
+                        }
+                    }
+                    value["message"] = message;
                 }
-                Form::Completion => value["text"] = text.into(),
             }
             value["logprobs"] = self.logprobs(&choice.tokens, 0);
-            value["finish_reason"] = reason(&done.finish).into();
+            value["finish_reason"] = finish.into();
             choices.push(value);
         }
         let mut whole = self.head(false, choices);
@@ -132,7 +161,7 @@ impl Reply {
                     let whole = reply.choices.iter().all(|choice| choice.done.is_some());
                     let last = match whole {
                         true => reply.end(),
-                        false => vec![data(&gone().json())],
+                        false => vec![data(&ApiError::ending().json())],
                     };
                     return Some((last, None));
                 };
@@ -162,6 +191,7 @@ impl Reply {
             news,
         }: Event,
     ) -> Vec<Value> {
+        let calls = self.calls;
         let choice = &mut self.choices[index];
         let mut chunks = Vec::new();
         let mut deltas = Vec::new();
@@ -178,15 +208,26 @@ impl Reply {
                 let begun = std::mem::replace(&mut choice.begun, true);
                 let text = match self.form {
                     Form::Completion if !begun => std::mem::take(&mut choice.text) + &text,
+                    Form::Chat if calls => choice.sorter.push(&text),
                     _ => text,
                 };
                 deltas.push((json!({"content": text}), tokens, None));
             }
             News::Done(done) => {
-                deltas.push((json!({}), Vec::new(), Some(reason(&done.finish))));
+                let mut finish = reason(&done.finish);
                 choice.done = Some(done);
+                let (text, calls) = choice.sorter.finish();
+                if !text.is_empty() {
+                    deltas.push((json!({"content": text}), Vec::new(), None));
+                }
+                if !calls.is_empty() {
+                    finish = "tool_calls";
+                    let calls = self.calls(index, &calls, true);
+                    deltas.push((json!({"tool_calls": calls}), Vec::new(), None));
+                }
+                deltas.push((json!({}), Vec::new(), Some(finish)));
             }
-            News::Failed(_) => {}
+            News::Failed(_) | News::Embedding(_) => {}
         }
         for (delta, tokens, finish) in deltas {
             let mut value = json!({"index": index});
@@ -237,6 +278,26 @@ impl Reply {
             "model": self.app.config.name,
             "choices": choices,
         })
+    }
+
+    /// Calls as clients read them. Mistral's templates want names of nine letters and digits.
+    fn calls(&self, choice: usize, calls: &[Call], chunk: bool) -> Value {
+        let number = self.id.bytes().fold(choice as u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3)
+        });
+        let call = |(index, call): (usize, &Call)| {
+            let name = number.wrapping_add((index as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+            let mut value = json!({
+                "id": format!("{:09x}", name >> 28),
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            });
+            if chunk {
+                value["index"] = index.into();
+            }
+            value
+        };
+        calls.iter().enumerate().map(call).collect()
     }
 
     fn usage(&self) -> Value {
@@ -345,10 +406,4 @@ fn reason(finish: &Finish) -> &'static str {
         Finish::End | Finish::Stop(_) => "stop",
         Finish::Length => "length",
     }
-}
-
-/// The worker went away before it was done.
-fn gone() -> ApiError {
-    let status = axum::http::StatusCode::SERVICE_UNAVAILABLE;
-    ApiError::status(status, "the server is shutting down")
 }

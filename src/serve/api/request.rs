@@ -163,3 +163,57 @@ impl Common {
         Ok(settings.collect())
     }
 }
+
+/// Texts or tokens, one or several.
+#[derive(Deserialize)]
+#[serde(
+    untagged,
+    expecting = "expected a string, a list of strings, or tokens"
+)]
+pub enum Prompts {
+    Text(String),
+    Texts(Vec<String>),
+    Tokens(Vec<u32>),
+    SeveralTokens(Vec<Vec<u32>>),
+}
+
+impl Prompts {
+    /// The tokens of each; `field` is where they stand in the request.
+    pub async fn read(
+        self,
+        app: &Arc<App>,
+        field: &'static str,
+    ) -> Result<Vec<Vec<u32>>, ApiError> {
+        let prompts = blocking(app, |app| {
+            let tokenizer = app.engine.tokenizer();
+            let encode = |text: String| Ok(tokenizer.encode_with_bos(&text, true)?);
+            match self {
+                Self::Text(text) => Ok(vec![encode(text)?]),
+                Self::Texts(texts) => texts.into_iter().map(encode).collect(),
+                Self::Tokens(tokens) => Ok(vec![tokens]),
+                Self::SeveralTokens(prompts) => Ok(prompts),
+            }
+        });
+        let prompts = prompts.await?;
+        let vocab = app.engine.shape().vocab;
+        let outside = |token: &&u32| **token as usize >= vocab;
+        if let Some(token) = prompts.iter().flatten().find(outside) {
+            let problem = format!("token {token} is outside the vocabulary of {vocab}");
+            return Err(ApiError::field(field, problem));
+        }
+        if prompts.is_empty() || prompts.iter().any(Vec::is_empty) {
+            return Err(ApiError::field(field, "is empty"));
+        }
+        Ok(prompts)
+    }
+}
+
+/// Does work that takes longer than others should wait: long texts, templates, grammars.
+pub async fn blocking<T: Send + 'static>(
+    app: &Arc<App>,
+    work: impl FnOnce(&App) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let app = Arc::clone(app);
+    let done = tokio::task::spawn_blocking(move || work(&app)).await;
+    done.map_err(|error| ApiError::failed(error.to_string()))?
+}
