@@ -94,6 +94,12 @@ impl App {
                 return Err(ApiError::bad("the prompt is empty"));
             }
         }
+        if wishes.len() > self.config.queue {
+            let (count, most) = (wishes.len(), self.config.queue);
+            return Err(ApiError::bad(format!(
+                "{count} texts at once, where {most} may wait"
+            )));
+        }
         let places = Arc::clone(&self.places);
         let count = u32::try_from(wishes.len()).unwrap_or(u32::MAX);
         let Ok(mut places) = places.try_acquire_many_owned(count) else {

@@ -107,7 +107,7 @@ impl ApiError {
 impl From<chat::Error> for ApiError {
     fn from(error: chat::Error) -> Self {
         match error {
-            chat::Error::Refused(_) => Self::field("messages", error),
+            chat::Error::Refused(_) | chat::Error::Failed { .. } => Self::field("messages", error),
             _ => Self::failed(error.to_string()),
         }
     }

@@ -88,7 +88,8 @@ pub async fn serve(
             drop(place);
         });
     }
-    drop((listener, router));
+    // The router stays: with it would go the worker.
+    drop(listener);
     tokio::select! {
         () = graceful.shutdown() => Ok(Ended::Finished),
         () = sleep(limits.grace) => Ok(Ended::Cut),
