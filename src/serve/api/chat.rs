@@ -36,10 +36,21 @@ fn yes() -> bool {
 /// A message as OpenAI has it.
 #[derive(Deserialize)]
 struct Turn {
-    role: String,
+    role: Role,
     content: Option<Content>,
     tool_calls: Option<Vec<Value>>,
     tool_call_id: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Role {
+    #[serde(alias = "developer")]
+    System,
+    User,
+    Assistant,
+    #[serde(alias = "function")]
+    Tool,
 }
 
 #[derive(Deserialize)]
@@ -80,10 +91,16 @@ impl From<Turn> for Message {
                 *arguments = object;
             }
         }
+        let role = match turn.role {
+            Role::System => "system",
+            Role::User => "user",
+            Role::Assistant => "assistant",
+            Role::Tool => "tool",
+        };
         Message {
             tool_calls,
             tool_call_id: turn.tool_call_id,
-            ..Message::new(turn.role, content)
+            ..Message::new(role, content)
         }
     }
 }
