@@ -54,7 +54,7 @@ class Page:
 
     def __init__(self, browser, url, folder, **options):
         self.url, self.folder = url, folder
-        self.context = browser.new_context(viewport={"width": 1200, "height": 800}, **options)
+        self.context = browser.new_context(viewport={"width": 1200, "height": 800}, reduced_motion="reduce", **options)
         self.page = self.context.new_page()
         self.problems, self.elsewhere = [], []
         self.page.on("dialog", lambda dialog: (self.problems.append(f"dialog {dialog.message}"), dialog.dismiss()))
@@ -148,6 +148,7 @@ def what_stays(page):
     assert page.answers().count() == count
     page.page.get_by_role("button", name="Settings").click()
     expect(page.page.locator("#settings [name=max_tokens]")).to_have_value("60")
+    expect(page.page.locator("#settings [name=top_p]")).to_have_attribute("placeholder", "0.95")
     page.shot("3-settings")
     page.page.keyboard.press("Escape")
     # A second conversation, by keyboard; the first can be opened again, and deleted.

@@ -108,6 +108,7 @@ function fill(node) {
   if (message.role === "user") items.push(button("Edit", "edit-message", () => edit(node)));
   else items.push(button("Retry", "retry", () => retry(message)));
   if (message.note) items.push(element("span", "note", message.note));
+  if (message.cut) items.push(element("span", "cut", "– cut: the longest length, or the end of the context, is reached"));
   if (message.error) items.push(element("span", "error", message.error));
   tools.replaceChildren(...items);
 }
@@ -233,7 +234,7 @@ async function respond() {
         const time = (performance.now() - clock.first) / 1000;
         if (chat === mine.chat && time > 0.5) say(`${((clock.pieces - 1) / time).toFixed(1)} tok/s`);
       }
-      if (chunk.choices?.[0]?.finish_reason === "length") message.error = "The answer is cut: its longest length, or the context, is reached.";
+      if (chunk.choices?.[0]?.finish_reason === "length") message.cut = true;
       if (chunk.timings) {
         const speed = chunk.timings.predicted_per_second;
         message.note = `${chunk.timings.predicted_n} tokens${speed ? `, ${speed.toFixed(1)} tok/s` : ""}`;
@@ -378,6 +379,9 @@ addEventListener("storage", event => {
   showLog();
 });
 
+/** A number that the server keeps in 32 bits. */
+function rounded(number) { return typeof number === "number" ? Number(number.toPrecision(6)) : ""; }
+
 /** Asks the server what it is. */
 async function meet() {
   try {
@@ -392,7 +396,7 @@ async function meet() {
   $("model").textContent = server.model;
   document.title = `${server.model} – fewbit`;
   for (const [name] of NUMBERS) {
-    form.elements[name].placeholder = { max_tokens: "any", seed: "any" }[name] ?? server.settings[name] ?? "";
+    form.elements[name].placeholder = { max_tokens: "any", seed: "any" }[name] ?? rounded(server.settings[name]);
   }
   if (!chat.messages.length) showLog();
 }
