@@ -263,26 +263,25 @@ impl<'e> Desk<'e> {
         self.metrics.waiting.set(self.waiting.len() as u64);
     }
 
+    /// The free slot that loses least with a `prompt`: where most of what it holds is the prompt's, or else the one
+    /// that was not used for longest.
+    fn free_slot(&self, prompt: &[u32]) -> Option<usize> {
+        let keeps = |slot: &Slot| {
+            let common = slot.common(prompt);
+            if 2 * common > slot.read { common } else { 0 }
+        };
+        let slots = self.slots.iter().enumerate();
+        let free = slots.filter(|(_, slot)| slot.task.is_none());
+        let best = free.max_by_key(|(_, slot)| (keeps(slot), Reverse(slot.used)));
+        best.map(|(index, _)| index)
+    }
+
     /// Gives waiting jobs a slot.
     fn seat(&mut self) {
-        while let Some(job) = self.waiting.front() {
-            let free = |slot: &Slot| slot.task.is_none();
-            let prompt = &job.prompt;
-            // The one that loses least: where most of what it holds is the prompt's, or else the one that
-            // was not used for longest.
-            let keeps = |slot: &Slot| {
-                let common = slot.common(prompt);
-                if 2 * common > slot.read { common } else { 0 }
-            };
-            let best = (0..self.slots.len())
-                .filter(|&index| free(&self.slots[index]))
-                .max_by_key(|&index| {
-                    let slot = &self.slots[index];
-                    (keeps(slot), Reverse(slot.used))
-                });
-            let (Some(index), Some(mut job)) = (best, self.waiting.pop_front()) else {
-                break;
-            };
+        while let Some(job) = self.waiting.front()
+            && let Some(index) = self.free_slot(&job.prompt)
+            && let Some(mut job) = self.waiting.pop_front()
+        {
             job.place = None;
             self.jobs += 1;
             let now = Instant::now();
