@@ -151,6 +151,7 @@ impl Template {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", to_json);
+        environment.add_filter("parsed", parsed);
         environment.add_template_owned(name.clone(), source)?;
         let text = |id: Option<u32>| {
             id.and_then(|id| tokenizer.piece(id))
@@ -335,6 +336,13 @@ fn strftime_now(format: String) -> Result<String, minijinja::Error> {
             format!("strftime_now({format:?}): {error}"),
         )
     })
+}
+
+/// What `text` says as JSON; itself where it is none. (Our own, for results of tools.)
+fn parsed(text: String) -> Value {
+    let value = serde_json::from_str(&text);
+    let value = value.unwrap_or(serde_json::Value::String(text));
+    Value::from_serialize(value)
 }
 
 /// Python's `json.dumps`: a space after `,` and `:`, nothing escaped for HTML; `indent` as there.

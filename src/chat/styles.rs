@@ -138,7 +138,7 @@ const MISTRAL_V3: &str = "\
     {%- elif message.role == 'assistant' -%}
         {{- message.content + eos_token -}}
     {%- elif message.role == 'tool' -%}
-        {{- '[TOOL_RESULTS]{\"content\": ' + message.content|tojson + ', \"call_id\": ' -}}
+        {{- '[TOOL_RESULTS]{\"content\": ' + message.content|parsed|tojson + ', \"call_id\": ' -}}
         {{- message.tool_call_id|tojson + '}[/TOOL_RESULTS]' -}}
     {%- elif message.role != 'system' -%}
         {{- raise_exception('roles are system, user, assistant and tool, not ' + message.role) -}}
