@@ -342,7 +342,7 @@ fn strftime_now(format: String) -> Result<String, minijinja::Error> {
 fn parsed(text: String) -> Value {
     let value = serde_json::from_str(&text);
     let value = value.unwrap_or(serde_json::Value::String(text));
-    Value::from_serialize(value)
+    Value::from(minijinja::value::Serde(value))
 }
 
 /// Python's `json.dumps`: a space after `,` and `:`, nothing escaped for HTML; `indent` as there.
