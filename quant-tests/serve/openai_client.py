@@ -41,6 +41,7 @@ class Answer(BaseModel):
 def models(client):
     (model,) = client.models.list().data
     assert model.id and model.owned_by == "fewbit", model
+    assert client.models.retrieve(model.id).id == model.id
     return model.id
 
 

@@ -1,14 +1,14 @@
 //! `fewbit serve`: a server for OpenAI's clients.
 //!
-//! Connections and requests live on a tokio runtime; the model lives on one thread of its own
-//! ([`worker`](Worker)), which owns the sessions and writes all texts in one pass. Between the two go jobs and events
-//! ([`job`]); neither waits for the other.
+//! Connections and requests live on a tokio runtime; the model lives on one thread of its own, the worker, which
+//! owns the sessions and writes all texts in one pass. Between the two go jobs and events; neither waits for the
+//! other.
 
 mod api;
 mod app;
 mod error;
 mod guard;
-pub mod job;
+mod job;
 mod listen;
 mod metrics;
 mod page;

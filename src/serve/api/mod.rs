@@ -11,13 +11,13 @@ mod tokens;
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use axum::{Router, http::Uri};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::app::App;
 use super::error::ApiError;
@@ -26,8 +26,9 @@ use crate::plan::Sizes;
 
 /// All routes.
 pub fn router(app: Arc<App>) -> Router {
-    let paths: [(&str, MethodRouter<Arc<App>>); 9] = [
+    let paths: [(&str, MethodRouter<Arc<App>>); 10] = [
         ("/models", get(models)),
+        ("/models/{name}", get(model)),
         ("/chat/completions", post(chat::complete)),
         ("/completions", post(completions::complete)),
         ("/embeddings", post(embeddings::embed)),
@@ -70,10 +71,28 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
 }
 
 async fn models(State(app): State<Arc<App>>) -> Response {
+    Json(json!({"object": "list", "data": [describe(&app)]})).into_response()
+}
+
+async fn model(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+) -> Result<Response, ApiError> {
+    match name == app.config.name {
+        true => Ok(Json(describe(&app)).into_response()),
+        false => {
+            let message = format!("there is no model {name}, but {}", app.config.name);
+            Err(ApiError::status(StatusCode::NOT_FOUND, message))
+        }
+    }
+}
+
+/// The model as OpenAI lists it; under `meta`, what llama.cpp tells of it.
+fn describe(app: &App) -> Value {
     let shape = app.engine.shape();
     let tensors = &app.engine.gguf().tensors;
     let sizes = Sizes::of(shape.experts, shape.experts_used, tensors);
-    Json(json!({"object": "list", "data": [{
+    json!({
         "id": app.config.name,
         "object": "model",
         "created": app.created,
@@ -86,8 +105,7 @@ async fn models(State(app): State<Arc<App>>) -> Response {
             "n_params": sizes.params_total(),
             "size": sizes.bytes_total(),
         },
-    }]}))
-    .into_response()
+    })
 }
 
 /// What the chat page asks for first.
