@@ -182,6 +182,13 @@ fn seeds_choices_and_settings() {
     let several =
         json!({"prompt": ["The history of", "Der Fluss"], "max_tokens": 8, "temperature": 0});
     let alone = |prompt| texts(greedy(prompt, 8)).remove(0);
+    let usage = served.post("/v1/completions", &several).json()["usage"].clone();
+    let read = |prompt| {
+        let reply = served.post("/v1/completions", &greedy(prompt, 1)).json();
+        reply["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    let both = read("The history of") + read("Der Fluss");
+    assert_eq!(usage["prompt_tokens"], both);
     assert_eq!(
         texts(several),
         [alone("The history of"), alone("Der Fluss")]

@@ -169,7 +169,7 @@ pub async fn complete(State(app): State<Arc<App>>, object: Object) -> Result<Res
         app.submit(wishes)
     });
     let events = events.await?;
-    let reply = Reply::new(&app, &id, Form::Chat, vec![String::new(); choices])
+    let reply = Reply::new(&app, &id, Form::Chat, vec![String::new()], choices)
         .with_logprobs(fields.logprobs)
         .with_calls(calls)
         .with_usage(common.stream_options.include_usage);

@@ -48,7 +48,7 @@ pub async fn complete(State(app): State<Arc<App>>, object: Object) -> Result<Res
         true => app.engine.tokenizer().decode(prompt, false),
         false => String::new(),
     });
-    let beginnings: Vec<String> = beginnings.flat_map(|text| vec![text; n]).collect();
+    let beginnings: Vec<String> = beginnings.collect();
 
     let (id, seed) = app.next();
     let settings = common.settings(&object, &app.config.settings, seed, n)?;
@@ -75,7 +75,7 @@ pub async fn complete(State(app): State<Arc<App>>, object: Object) -> Result<Res
         app.submit(wishes)
     });
     let events = events.await?;
-    let reply = Reply::new(&app, &id, Form::Completion, beginnings)
+    let reply = Reply::new(&app, &id, Form::Completion, beginnings, n)
         .with_logprobs(fields.logprobs.is_some())
         .with_usage(common.stream_options.include_usage);
     match common.stream {

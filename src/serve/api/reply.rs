@@ -32,6 +32,8 @@ pub struct Reply {
     created: u64,
     form: Form,
     choices: Vec<Choice>,
+    /// Choices that share a prompt.
+    each: usize,
     logprobs: bool,
     calls: bool,
     usage: bool,
@@ -52,8 +54,8 @@ struct Choice {
 }
 
 impl Reply {
-    /// A reply of as many texts as `beginnings`, each of which begins so.
-    pub fn new(app: &Arc<App>, id: &str, form: Form, beginnings: Vec<String>) -> Self {
+    /// A reply of `each` texts to every prompt; those to a prompt begin with its one of `beginnings`.
+    pub fn new(app: &Arc<App>, id: &str, form: Form, beginnings: Vec<String>, each: usize) -> Self {
         let prefix = match form {
             Form::Chat => "chatcmpl",
             Form::Completion => "cmpl",
@@ -62,12 +64,14 @@ impl Reply {
             text,
             ..Choice::default()
         };
+        let texts = (beginnings.into_iter()).flat_map(|text| std::iter::repeat_n(text, each));
         Self {
             app: Arc::clone(app),
             id: format!("{prefix}-{id}"),
             created: seconds(SystemTime::now()),
             form,
-            choices: beginnings.into_iter().map(choice).collect(),
+            choices: texts.map(choice).collect(),
+            each,
             logprobs: false,
             calls: false,
             usage: false,
@@ -301,15 +305,21 @@ impl Reply {
     }
 
     fn usage(&self) -> Value {
-        let done = || {
-            self.choices
-                .iter()
-                .filter_map(|choice| choice.done.as_ref())
-        };
-        // Choices of one prompt share it, those of several prompts follow each other.
-        let prompt = done().map(|done| done.prompt_tokens).max().unwrap_or(0);
-        let cached = done().map(|done| done.cached_tokens).min().unwrap_or(0);
-        let tokens: usize = done().map(|done| done.tokens).sum();
+        let done = |choice: &Choice| choice.done.clone();
+        let tokens: usize = self
+            .choices
+            .iter()
+            .filter_map(done)
+            .map(|done| done.tokens)
+            .sum();
+        // The choices of a prompt share it: the first one has read it.
+        let prompts = self
+            .choices
+            .chunks(self.each)
+            .filter_map(|choices| done(&choices[0]));
+        let (prompt, cached) = prompts.fold((0, 0), |(prompt, cached), done| {
+            (prompt + done.prompt_tokens, cached + done.cached_tokens)
+        });
         json!({
             "prompt_tokens": prompt,
             "completion_tokens": tokens,
