@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::gguf::{self, Gguf};
 use crate::kernels::{Kernels, Phase};
-use crate::model::{self, KvCache, KvKind, Model, Slot, State, forward};
+use crate::model::{self, KvCache, KvKind, Model, Slot, State, forward, hidden_states};
 use crate::plan;
 use crate::quant::BlockType;
 use crate::threads::{self, CpuSet, Pool};
@@ -508,6 +508,38 @@ impl Session {
         Ok(())
     }
 
+    /// Appends a prompt and calls `visit(i, hidden)` with the final hidden state (`[hidden]`, after the output norm) of
+    /// each of its tokens, in order. There are no logits after it. The engine is busy while `visit` runs, as in
+    /// [`score`](Self::score).
+    ///
+    /// # Errors
+    /// As [`feed`](Self::feed), except that damaged weights show in the hidden states only.
+    pub fn hidden_states(
+        &mut self,
+        tokens: &[u32],
+        mut visit: impl FnMut(usize, &[f32]),
+    ) -> Result<(), Error> {
+        self.check(tokens)?;
+        let engine = Arc::clone(&self.engine);
+        self.logits.clear();
+        let mut start = 0;
+        for part in tokens.chunks(engine.batch) {
+            let slot = Slot {
+                cache: &mut self.cache,
+                tokens: part,
+                logits_from: part.len(),
+            };
+            let state = engine.forward(Phase::Prompt, vec![slot]);
+            self.tokens.extend_from_slice(part);
+            let (model, kernels) = (&engine.model, &engine.kernels);
+            hidden_states(model, kernels, &state, part.len(), |t, hidden| {
+                visit(start + t, hidden)
+            });
+            start += part.len();
+        }
+        Ok(())
+    }
+
     /// Whether `tokens` can be appended.
     fn check(&self, tokens: &[u32]) -> Result<(), Error> {
         let vocab = self.engine.shape().vocab;
@@ -541,6 +573,22 @@ impl Session {
             file: self.engine.path.clone(),
             position: self.tokens.len() + from + bad / self.engine.shape().vocab,
         })
+    }
+
+    /// Forgets everything and takes over the first `len` tokens of `other` with their keys and values, so that
+    /// they need not be computed again. There are no logits until the next [`feed`](Self::feed).
+    ///
+    /// # Panics
+    /// If `other` is another engine's, has fewer tokens, or if they do not fit.
+    pub fn copy_from(&mut self, other: &Self, len: usize) {
+        assert!(
+            Arc::ptr_eq(&self.engine, &other.engine),
+            "a session of another engine"
+        );
+        self.cache.copy_from(&other.cache, len);
+        self.logits.clear();
+        self.tokens.clear();
+        self.tokens.extend_from_slice(&other.tokens[..len]);
     }
 
     /// Forgets all but the first `len` tokens. The logits after the last of those are kept where

@@ -4,16 +4,15 @@ use crate::draft::draft;
 use crate::engine::{Error, Session};
 use crate::sampler::Sampler;
 
-/// The tokens that follow what a session holds, up to a token that ends the text (which is not
-/// yielded) or a limit. Each is fed to the session when the next one is asked for.
+/// Where a text that a session writes stands: what is to be fed next, and what was drawn.
 ///
-/// With drafts ([`with_drafts`](Self::with_drafts)), a token is fed together with a guess of
-/// those after it, and each of them is drawn from the logits before it as ever: as long as the
-/// draw is what was guessed, the next logits are there already. So the tokens are the same, and
-/// their logits the same bits, however good the guesses are.
-pub struct Generation<'a> {
-    session: &'a mut Session,
-    sampler: &'a mut Sampler,
+/// A token is drawn ([`draw`](Self::draw)) whenever nothing is to be fed ([`turn`](Self::turn)); what is drawn is
+/// fed with the next turn, and the caller chooses when, and together with which other sessions.
+///
+/// With drafts, a token is fed together with a guess of those after it, and each of them is drawn from the
+/// logits before it as ever: as long as the draw is what was guessed, the next logits are there already. So
+/// the tokens are the same, and their logits the same bits, however good the guesses are.
+pub struct Writing {
     left: usize,
     /// The last token, which is not fed yet.
     pending: Option<u32>,
@@ -24,15 +23,13 @@ pub struct Generation<'a> {
     accepted: usize,
 }
 
-impl<'a> Generation<'a> {
+impl Writing {
     /// At most `limit` tokens after what `session` holds; it must have been fed before.
-    pub fn new(session: &'a mut Session, sampler: &'a mut Sampler, limit: usize) -> Self {
+    pub fn new(session: &Session, limit: usize) -> Self {
         Self {
-            sure: session.tokens().len(),
-            session,
-            sampler,
             left: limit,
             pending: None,
+            sure: session.tokens().len(),
             drafts: 0,
             drafted: 0,
             accepted: 0,
@@ -45,38 +42,98 @@ impl<'a> Generation<'a> {
         self
     }
 
+    /// Whether another token may be drawn.
+    pub fn is_over(&self) -> bool {
+        self.left == 0
+    }
+
+    /// Whether the last token has to be fed before another one can be drawn.
+    pub fn is_pending(&self) -> bool {
+        self.pending.is_some()
+    }
+
+    /// What the session has to be fed before the next token can be drawn: the last one, with guesses where there are
+    /// any, no more than could still be drawn. Empty where the logits are there already.
+    pub fn turn(&mut self, session: &Session) -> Vec<u32> {
+        let Some(token) = self.pending.take() else {
+            return Vec::new();
+        };
+        let room = session.capacity() - self.sure;
+        let limit = self.drafts.min(self.left.saturating_sub(1));
+        let limit = limit.min(room.saturating_sub(1));
+        self.sure += 1;
+        if limit == 0 {
+            return vec![token];
+        }
+        let tokens = [session.tokens(), &[token]].concat();
+        let guess = draft(&tokens, limit);
+        self.drafted += guess.len();
+        [&[token][..], &guess].concat()
+    }
+
+    /// The logits that the next token is drawn from.
+    pub fn logits<'s>(&self, session: &'s Session) -> &'s [f32] {
+        let last = self.sure.checked_sub(1);
+        last.and_then(|last| session.logits_after(last))
+            .unwrap_or_default()
+    }
+
+    /// Draws the next token; `None` where the model ends the text, or the limit is reached.
+    pub fn draw(&mut self, session: &mut Session, sampler: &mut Sampler) -> Option<u32> {
+        self.left = self.left.checked_sub(1)?;
+        let token = sampler.sample(self.logits(session), &session.tokens()[..self.sure]);
+        if session.engine().tokenizer().is_end(token) {
+            self.left = 0;
+            return None;
+        }
+        if session.tokens().get(self.sure) == Some(&token) {
+            self.accepted += 1;
+            self.sure += 1;
+        } else {
+            session.rewind(self.sure);
+            self.pending = Some(token);
+        }
+        Some(token)
+    }
+
+    /// Takes the guesses back: leaves in the session what was drawn and fed.
+    pub fn settle(&self, session: &mut Session) {
+        session.rewind(self.sure);
+    }
+}
+
+/// The tokens that follow what a session holds, up to a token that ends the text (which is not
+/// yielded) or a limit. Each is fed to the session when the next one is asked for.
+pub struct Generation<'a> {
+    session: &'a mut Session,
+    sampler: &'a mut Sampler,
+    writing: Writing,
+}
+
+impl<'a> Generation<'a> {
+    /// At most `limit` tokens after what `session` holds; it must have been fed before.
+    pub fn new(session: &'a mut Session, sampler: &'a mut Sampler, limit: usize) -> Self {
+        Self {
+            writing: Writing::new(session, limit),
+            session,
+            sampler,
+        }
+    }
+
+    /// Guesses up to `tokens` tokens ahead.
+    pub fn with_drafts(mut self, tokens: usize) -> Self {
+        self.writing.drafts = tokens;
+        self
+    }
+
     /// Tokens that were guessed so far.
     pub fn drafted(&self) -> usize {
-        self.drafted
+        self.writing.drafted
     }
 
     /// Guesses so far that came true.
     pub fn accepted(&self) -> usize {
-        self.accepted
-    }
-
-    /// Feeds `token`, with guesses where there are any: no more than could still be yielded.
-    fn feed(&mut self, token: u32) -> Result<(), Error> {
-        let room = self.session.capacity() - self.sure;
-        let limit = self.drafts.min(self.left).min(room.saturating_sub(1));
-        if limit == 0 {
-            self.session.step(token)?;
-        } else {
-            let mut tokens = self.session.tokens().to_vec();
-            tokens.push(token);
-            let guess = draft(&tokens, limit);
-            self.drafted += guess.len();
-            self.session.steps(&[&[token][..], &guess].concat())?;
-        }
-        self.sure += 1;
-        Ok(())
-    }
-
-    /// Draws the token after those that stand.
-    fn draw(&mut self) -> u32 {
-        let logits = self.session.logits_after(self.sure.saturating_sub(1));
-        let history = &self.session.tokens()[..self.sure];
-        self.sampler.sample(logits.unwrap_or_default(), history)
+        self.writing.accepted
     }
 }
 
@@ -84,32 +141,22 @@ impl Iterator for Generation<'_> {
     type Item = Result<u32, Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.left = self.left.checked_sub(1)?;
-        if let Some(token) = self.pending.take()
-            && let Err(error) = self.feed(token)
-        {
-            self.left = 0;
-            return Some(Err(error));
-        }
-        let token = self.draw();
-        if self.session.engine().tokenizer().is_end(token) {
-            self.left = 0;
+        if self.writing.is_over() {
             return None;
         }
-        if self.session.tokens().get(self.sure) == Some(&token) {
-            self.accepted += 1;
-            self.sure += 1;
-        } else {
-            self.session.rewind(self.sure);
-            self.pending = Some(token);
+        let turn = self.writing.turn(self.session);
+        if !turn.is_empty()
+            && let Err(error) = self.session.steps(&turn)
+        {
+            self.writing.left = 0;
+            return Some(Err(error));
         }
-        Some(Ok(token))
+        self.writing.draw(self.session, self.sampler).map(Ok)
     }
 }
 
 impl Drop for Generation<'_> {
-    /// Leaves in the session what was yielded and fed.
     fn drop(&mut self) {
-        self.session.rewind(self.sure);
+        self.writing.settle(self.session);
     }
 }

@@ -13,12 +13,16 @@
 //! - [`engine`]: [`Engine`](engine::Engine), the loaded model, and
 //!   [`Session`](engine::Session), one timeline with its KV cache
 //! - [`sampler`], [`draft`], [`generation`]: from logits to a token; guesses of the next ones; a session's tokens
+//! - [`answer`]: the text of these tokens, up to a stop string
+//! - `grammar`: texts that follow a JSON Schema or a grammar (feature `grammar`)
 //! - [`chat`], [`perplexity`], [`bench`](mod@bench): what is built on those two
+//! - `serve`: a server for OpenAI's clients (feature `serve`)
 //! - [`cli`]: one file a command
 
 #[cfg(target_endian = "big")]
 compile_error!("GGUF files are little-endian and are mapped as they are");
 
+pub mod answer;
 pub mod bench;
 pub mod chat;
 pub mod cli;
@@ -27,12 +31,16 @@ pub mod engine;
 pub mod experts;
 pub mod generation;
 pub mod gguf;
+#[cfg(feature = "grammar")]
+pub mod grammar;
 pub mod kernels;
 pub mod model;
 pub mod perplexity;
 pub mod plan;
 pub mod quant;
 pub mod sampler;
+#[cfg(feature = "serve")]
+pub mod serve;
 pub mod tensor;
 pub mod threads;
 pub mod tokenizer;

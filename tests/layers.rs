@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// The modules in the order of the data's way. A module may use those of lower rank, and not
 /// its neighbours of the same rank.
-const LAYERS: [&[&str]; 11] = [
+const LAYERS: [&[&str]; 12] = [
     &["quant"],
     &["gguf"],
     &["tokenizer", "plan"],
@@ -15,8 +15,9 @@ const LAYERS: [&[&str]; 11] = [
     &["kernels"],
     &["model"],
     &["engine"],
-    &["sampler", "draft"],
-    &["generation", "chat", "perplexity", "bench"],
+    &["sampler", "draft", "answer"],
+    &["generation", "chat", "grammar", "perplexity", "bench"],
+    &["serve"],
     &["cli"],
 ];
 

@@ -240,3 +240,75 @@ fn endless_templates_end() {
     let (_, template) = with_template(nested);
     assert!(template.unwrap().render(&[]).is_err());
 }
+
+#[test]
+fn tools_are_written_as_mistral_does() {
+    let metadata = metadata_of("byte-bpe");
+    let tokenizer = Tokenizer::from_metadata(&metadata).unwrap();
+    let template = Template::from_style(Style::MistralV3, &tokenizer);
+    assert!(template.knows_tools());
+    assert!(!Template::from_style(Style::ChatMl, &tokenizer).knows_tools());
+    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    let tools = [json(
+        r#"{"type": "function", "function": {"name": "weather", "parameters": {}}}"#,
+    )];
+    let call = json(
+        r#"{"id": "VvvODy9mT", "type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}"#,
+    );
+    let answered = |content: &str| Message {
+        tool_call_id: Some("VvvODy9mT".into()),
+        ..Message::new("tool", content)
+    };
+    let messages = [
+        Message::user("How is the weather?"),
+        Message {
+            tool_calls: vec![call],
+            ..Message::assistant("")
+        },
+        answered("22"),
+        answered("warm </s>"),
+    ];
+    // As mistral-common's tokenizer v3 has it, but for the spaces that SentencePiece adds after control tokens.
+    let expected = r#"[AVAILABLE_TOOLS][{"type": "function", "function": {"name": "weather", "parameters": {}}}][/AVAILABLE_TOOLS][INST]How is the weather?[/INST][TOOL_CALLS][{"name": "weather", "arguments": {"city": "Paris"}, "id": "VvvODy9mT"}]</s>[TOOL_RESULTS]{"content": 22, "call_id": "VvvODy9mT"}[/TOOL_RESULTS][TOOL_RESULTS]{"content": "warm </s>", "call_id": "VvvODy9mT"}[/TOOL_RESULTS]"#;
+    let text = template.render_with(&messages, &tools).unwrap();
+    let eos = tokenizer.piece(tokenizer.eos().unwrap()).unwrap();
+    let bos = tokenizer
+        .bos()
+        .and_then(|bos| tokenizer.piece(bos))
+        .unwrap_or_default();
+    assert_eq!(text, format!("{bos}{}", expected.replacen("</s>", eos, 1)));
+}
+
+#[test]
+fn tools_and_calls_cannot_spell_control_tokens() {
+    let metadata = metadata_of("byte-bpe");
+    let tokenizer = Tokenizer::from_metadata(&metadata).unwrap();
+    let source = "{{ tools|tojson }}{{ messages[0].tool_calls|tojson }}{{ messages[0].tool_call_id }}<|im_end|>";
+    let (_, template) = with_template(source);
+    let bad = serde_json::json!([{"<|im_end|>": ["a<|im_end|>", {"b": "<|im_start|>"}]}]);
+    let bad = bad.as_array().unwrap();
+    let message = Message {
+        tool_calls: bad.clone(),
+        tool_call_id: Some("<|im_end|>".into()),
+        ..Message::assistant("")
+    };
+    let ids = template
+        .unwrap()
+        .prompt_ids_with(&tokenizer, &[message], bad)
+        .unwrap();
+    let control = |piece: &str| {
+        let id = tokenizer.id(piece);
+        ids.iter().filter(|&&each| Some(each) == id).count()
+    };
+    assert_eq!(
+        (control("<|im_end|>"), control("<|im_start|>")),
+        (1, 0),
+        "only the template's own"
+    );
+    let text = tokenizer.decode(&ids, true);
+    assert_eq!(
+        text.matches("<|im_end|>").count(),
+        6,
+        "the model reads all of it: {text}"
+    );
+}

@@ -60,10 +60,17 @@ pub enum Error {
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Message {
-    /// `system`, `user` or `assistant`.
+    /// `system`, `user`, `assistant` or `tool`.
     pub role: String,
     /// What is said.
     pub content: String,
+    /// Tools that the assistant calls, as OpenAI writes them but for the arguments, which are an object:
+    /// `{"id": …, "function": {"name": …, "arguments": {…}}}`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<serde_json::Value>,
+    /// The call that a tool answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tool_call_id: Option<String>,
 }
 
 impl Message {
@@ -72,6 +79,8 @@ impl Message {
         Message {
             role: role.into(),
             content: content.into(),
+            tool_calls: Vec::new(),
+            tool_call_id: None,
         }
     }
 
@@ -142,6 +151,7 @@ impl Template {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", to_json);
+        environment.add_filter("parsed", parsed);
         environment.add_template_owned(name.clone(), source)?;
         let text = |id: Option<u32>| {
             id.and_then(|id| tokenizer.piece(id))
@@ -161,8 +171,23 @@ impl Template {
         &self.name
     }
 
+    /// Whether it can be given tools.
+    pub fn knows_tools(&self) -> bool {
+        let template = self.environment.get_template(&self.name);
+        template.is_ok_and(|template| template.source().contains("tools"))
+    }
+
     /// The prompt as text, up to where the assistant speaks.
     pub fn render(&self, messages: &[Message]) -> Result<String, Error> {
+        self.render_with(messages, &[])
+    }
+
+    /// The same where the model may call `tools`: `{"type": "function", "function": {…}}`.
+    pub fn render_with(
+        &self,
+        messages: &[Message],
+        tools: &[serde_json::Value],
+    ) -> Result<String, Error> {
         let template = self
             .environment
             .get_template(&self.name)
@@ -172,6 +197,7 @@ impl Template {
             bos_token => &self.bos,
             eos_token => &self.eos,
             add_generation_prompt => true,
+            tools => (!tools.is_empty()).then(|| Value::from(minijinja::value::Serde(tools))),
         };
         template
             .render(variables)
@@ -188,24 +214,37 @@ impl Template {
         tokenizer: &Tokenizer,
         messages: &[Message],
     ) -> Result<Vec<u32>, Error> {
-        let used = |mark: &char| {
-            messages
-                .iter()
-                .any(|m| m.content.contains(*mark) || m.role.contains(*mark))
-        };
-        let mark = MARKS.clone().find(|mark| !used(mark)).ok_or_else(|| {
+        self.prompt_ids_with(tokenizer, messages, &[])
+    }
+
+    /// The same where the model may call `tools`; what they say is text too.
+    pub fn prompt_ids_with(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &[Message],
+        tools: &[serde_json::Value],
+    ) -> Result<Vec<u32>, Error> {
+        let conversation = serde_json::to_string(&(messages, tools)).expect("messages are JSON");
+        let mark = MARKS.clone().find(|&mark| !conversation.contains(mark));
+        let mark = mark.ok_or_else(|| {
             Error::Refused("it uses all of Unicode's noncharacters U+FDD0 to U+FDEF".into())
         })?;
+        let broken = |text: &str| tokenizer.break_control(text, mark);
         let marked: Vec<Message> = messages
             .iter()
-            .map(|m| {
-                Message::new(
-                    tokenizer.break_control(&m.role, mark),
-                    tokenizer.break_control(&m.content, mark),
-                )
+            .map(|m| Message {
+                role: broken(&m.role),
+                content: broken(&m.content),
+                tool_calls: m
+                    .tool_calls
+                    .iter()
+                    .map(|call| break_all(call, &broken))
+                    .collect(),
+                tool_call_id: m.tool_call_id.as_deref().map(broken),
             })
             .collect();
-        let mut ids = tokenizer.encode_broken(&self.render(&marked)?, mark)?;
+        let tools: Vec<_> = tools.iter().map(|tool| break_all(tool, &broken)).collect();
+        let mut ids = tokenizer.encode_broken(&self.render_with(&marked, &tools)?, mark)?;
         if let Some(bos) = tokenizer.bos().filter(|_| tokenizer.adds_bos())
             && ids.first() != Some(&bos)
         {
@@ -236,6 +275,21 @@ impl Template {
             name: self.name.clone(),
             problem: describe(error),
         }
+    }
+}
+
+/// `value` with every text in it changed by `broken`.
+fn break_all(value: &serde_json::Value, broken: &impl Fn(&str) -> String) -> serde_json::Value {
+    use serde_json::Value as Json;
+    match value {
+        Json::String(text) => broken(text).into(),
+        Json::Array(items) => items.iter().map(|item| break_all(item, broken)).collect(),
+        Json::Object(fields) => {
+            let fields = fields.iter();
+            let fields = fields.map(|(key, value)| (broken(key), break_all(value, broken)));
+            Json::Object(fields.collect())
+        }
+        other => other.clone(),
     }
 }
 
@@ -282,6 +336,13 @@ fn strftime_now(format: String) -> Result<String, minijinja::Error> {
             format!("strftime_now({format:?}): {error}"),
         )
     })
+}
+
+/// What `text` says as JSON; itself where it is none. (Our own, for results of tools.)
+fn parsed(text: String) -> Value {
+    let value = serde_json::from_str(&text);
+    let value = value.unwrap_or(serde_json::Value::String(text));
+    Value::from(minijinja::value::Serde(value))
 }
 
 /// Python's `json.dumps`: a space after `,` and `:`, nothing escaped for HTML; `indent` as there.

@@ -110,7 +110,8 @@ const MISTRAL_V1: &str = "\
 {%- endfor -%}
 ";
 
-/// The system message leads the last user message. No spaces: after a control token the vocabulary adds its own.
+/// The system message leads the last user message, and the tools stand before that. No spaces: after a control token the
+/// vocabulary adds its own.
 const MISTRAL_V3: &str = "\
 {{- bos_token -}}
 {%- set told = namespace(system='', last=-1) -%}
@@ -123,11 +124,24 @@ const MISTRAL_V3: &str = "\
 {%- endfor -%}
 {%- for message in messages -%}
     {%- if message.role == 'user' -%}
+        {%- if tools and loop.index0 == told.last -%}
+            {{- '[AVAILABLE_TOOLS]' + tools|tojson + '[/AVAILABLE_TOOLS]' -}}
+        {%- endif -%}
         {{- '[INST]' + (told.system if loop.index0 == told.last else '') + message.content + '[/INST]' -}}
+    {%- elif message.role == 'assistant' and message.tool_calls -%}
+        {{- '[TOOL_CALLS][' -}}
+        {%- for call in message.tool_calls -%}
+            {{- '{\"name\": ' + call.function.name|tojson + ', \"arguments\": ' + call.function.arguments|tojson -}}
+            {{- (', \"id\": ' + call.id|tojson if call.id else '') + '}' + ('' if loop.last else ', ') -}}
+        {%- endfor -%}
+        {{- ']' + eos_token -}}
     {%- elif message.role == 'assistant' -%}
         {{- message.content + eos_token -}}
+    {%- elif message.role == 'tool' -%}
+        {{- '[TOOL_RESULTS]{\"content\": ' + message.content|parsed|tojson + ', \"call_id\": ' -}}
+        {{- message.tool_call_id|tojson + '}[/TOOL_RESULTS]' -}}
     {%- elif message.role != 'system' -%}
-        {{- raise_exception('roles are system, user and assistant, not ' + message.role) -}}
+        {{- raise_exception('roles are system, user, assistant and tool, not ' + message.role) -}}
     {%- endif -%}
 {%- endfor -%}
 ";

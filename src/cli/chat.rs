@@ -9,16 +9,15 @@ use std::time::Instant;
 
 use anyhow::Context;
 
-use super::common::{
-    ModelArgs, STDOUT, SamplingArgs, at_least, context_of, file_stem, note, speed,
-};
+use super::common::{ModelArgs, STDOUT, at_least, context_of, file_stem, note, speed, style};
 use super::one_line;
+use super::sampling::SamplingArgs;
+use crate::answer::Answer;
 use crate::chat::{Message, Style, Template};
 use crate::engine::{self, Engine, Session};
 use crate::generation::Generation;
 use crate::plan::PROMPT_BATCH;
 use crate::sampler::Sampler;
-use crate::tokenizer::{TokenKind, Tokenizer};
 use input::Input;
 use interrupt::Interrupt;
 
@@ -55,10 +54,6 @@ const HELP: &str = "\
 /quit    leave (Ctrl-D too)
 /help    this list
 Ctrl-C   stops an answer";
-
-fn style(name: &str) -> Result<Style, String> {
-    Style::named(name).ok_or_else(|| format!("there are: {}", Style::names()))
-}
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
@@ -137,7 +132,7 @@ impl Chat {
         let messages: Vec<_> = args.system.iter().map(Message::system).collect();
         Ok(Self {
             session: engine.session(context_of(engine, args.ctx))?,
-            sampler: Sampler::new(args.sampling.settings()),
+            sampler: Sampler::new(args.sampling.settings()).with_vocabulary(tokenizer),
             lead: template.lead(),
             template,
             kept: messages.len(),
@@ -184,32 +179,25 @@ impl Chat {
 
         let room = self.session.capacity() - prompt.len();
         let mut out = io::stdout().lock();
-        // The space that begins an answer belongs to the template if that writes one, and else
-        // to a vocabulary that puts it after a control token.
-        let mut lead = &self.lead[..];
-        let mut stream = tokenizer.stream();
-        if lead.is_empty() && prompt.last().is_some_and(|&id| is_special(tokenizer, id)) {
-            stream = stream.at_start();
-        }
+        let mut text = Answer::to(&prompt, &self.lead, tokenizer);
         let mut answer = String::new();
         let mut written = 0;
         let start = Instant::now();
         let limit = self.limit.min(room);
         let generation = Generation::new(&mut self.session, &mut self.sampler, limit);
         for token in generation.with_drafts(self.drafts) {
-            let piece = stream.push(token?);
+            let piece = text.push(token?);
             written += 1;
-            let piece = without_lead(&piece, &mut lead);
             out.write_all(piece.as_bytes())
                 .and_then(|()| out.flush())
                 .context(STDOUT)?;
-            answer.push_str(piece);
+            answer.push_str(&piece);
             if self.interrupt.wanted() {
                 break;
             }
         }
         let speed = speed(self.session.tokens().len() - prompt.len(), start.elapsed());
-        let tail = stream.finish();
+        let tail = text.finish();
         answer.push_str(&tail);
         writeln!(out, "{tail}").context(STDOUT)?;
         let full = written == room;
@@ -249,19 +237,4 @@ impl Chat {
         }
         Ok((!self.interrupt.wanted()).then_some(prompt.len() - kept))
     }
-}
-
-/// `piece` without what of `lead` it still begins with; the rest of `lead` may come in the next.
-fn without_lead<'p>(piece: &'p str, lead: &mut &str) -> &'p str {
-    let pairs = piece.bytes().zip(lead.bytes());
-    let common = pairs.take_while(|(a, b)| a == b).count();
-    let (rest, left) = (&piece[common..], &lead[common..]);
-    *lead = if rest.is_empty() { left } else { "" };
-    rest
-}
-
-/// Whether a vocabulary that puts a space before words puts one after token `id`.
-fn is_special(tokenizer: &Tokenizer, id: u32) -> bool {
-    let kind = tokenizer.kind(id);
-    kind.is_some_and(|kind| !matches!(kind, TokenKind::Normal | TokenKind::Byte))
 }

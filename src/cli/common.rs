@@ -11,13 +11,13 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
-use crate::engine::{ActivationMode, Engine, Options};
+use crate::chat::Style;
+use crate::engine::{self, ActivationMode, Engine, Options};
 use crate::gguf::Gguf;
 use crate::kernels::Kernels;
 use crate::model::KvKind;
 use crate::perplexity::{Chunks, Estimate};
 use crate::quant::BlockType;
-use crate::sampler::Settings;
 use crate::threads::CpuSet;
 use crate::tokenizer::Tokenizer;
 
@@ -78,26 +78,14 @@ pub fn at_least(least: usize) -> impl Fn(&str) -> Result<usize, String> + Clone 
     }
 }
 
+/// A chat template's name.
+pub fn style(name: &str) -> Result<Style, String> {
+    Style::named(name).ok_or_else(|| format!("there are: {}", Style::names()))
+}
+
 fn kernel_names() -> PossibleValuesParser {
     let tables = Kernels::available();
     PossibleValuesParser::new(tables.iter().map(|kernels| kernels.name))
-}
-
-/// A finite number that `allows` takes; `what` says which those are.
-fn number(
-    allows: fn(f32) -> bool,
-    what: &'static str,
-) -> impl Fn(&str) -> Result<f32, String> + Clone {
-    move |text| {
-        let number = text.parse::<f32>().ok();
-        number
-            .filter(|&number| number.is_finite() && allows(number))
-            .ok_or_else(|| format!("must be a number, {what}"))
-    }
-}
-
-fn is_share(number: f32) -> bool {
-    (0.0..=1.0).contains(&number)
 }
 
 /// See [`ActivationMode`].
@@ -132,70 +120,6 @@ impl From<Kv> for KvKind {
     }
 }
 
-/// How tokens are chosen.
-#[derive(clap::Args, Clone, Debug)]
-pub struct SamplingArgs {
-    /// Temperature; 0 always takes the most likely token
-    #[arg(long, visible_alias = "temperature", value_name = "T", default_value_t = Settings::default().temperature,
-        allow_negative_numbers = true, value_parser = number(|t| t >= 0.0, "0 or more"))]
-    temp: f32,
-    /// Draw from the K most likely tokens; 0 for all
-    #[arg(long, value_name = "K", allow_negative_numbers = true, default_value_t = Settings::default().top_k)]
-    top_k: usize,
-    /// Draw from the most likely tokens that reach this probability
-    #[arg(long, value_name = "P", default_value_t = Settings::default().top_p,
-        allow_negative_numbers = true, value_parser = number(is_share, "within 0 and 1"))]
-    top_p: f32,
-    /// Draw from tokens at least this likely relative to the best
-    #[arg(long, value_name = "P", default_value_t = Settings::default().min_p,
-        allow_negative_numbers = true, value_parser = number(is_share, "within 0 and 1"))]
-    min_p: f32,
-    /// Penalty on recent tokens; 1 for none
-    #[arg(long, value_name = "X", default_value_t = Settings::default().repeat_penalty,
-        allow_negative_numbers = true, value_parser = number(|x| x > 0.0, "above 0"))]
-    repeat_penalty: f32,
-    /// Recent tokens that the penalty looks at
-    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = Settings::default().repeat_last)]
-    repeat_last_n: usize,
-    /// Seed of the draws [default: from the clock]
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
-    seed: Option<u64>,
-    /// Guess up to N tokens ahead where the text repeats itself, and check them in one pass: the same text, faster
-    /// where many come true and slower where few do; 0 for none
-    #[arg(
-        long,
-        value_name = "N",
-        allow_negative_numbers = true,
-        default_value_t = 0
-    )]
-    draft: usize,
-}
-
-impl SamplingArgs {
-    /// Tokens to guess ahead at most.
-    pub fn drafts(&self) -> usize {
-        self.draft
-    }
-
-    /// The sampler's settings.
-    pub fn settings(&self) -> Settings {
-        let clock = || {
-            std::time::UNIX_EPOCH
-                .elapsed()
-                .map_or(0, |time| time.as_nanos() as u64)
-        };
-        Settings {
-            temperature: self.temp,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repeat_penalty: self.repeat_penalty,
-            repeat_last: self.repeat_last_n,
-            seed: self.seed.unwrap_or_else(clock),
-        }
-    }
-}
-
 impl ModelArgs {
     /// The model's file.
     pub fn path(&self) -> &Path {
@@ -203,14 +127,14 @@ impl ModelArgs {
     }
 
     /// Loads the model.
-    pub fn load(&self) -> anyhow::Result<Arc<Engine>> {
+    pub fn load(&self) -> Result<Arc<Engine>, engine::Error> {
         self.engine.load(&self.model)
     }
 }
 
 impl EngineArgs {
     /// Loads the model in `path`.
-    pub fn load(&self, path: &Path) -> anyhow::Result<Arc<Engine>> {
+    pub fn load(&self, path: &Path) -> Result<Arc<Engine>, engine::Error> {
         let activations = match self.activations {
             Activations::Int8 => ActivationMode::Int8,
             Activations::F32 => ActivationMode::F32,
@@ -219,7 +143,7 @@ impl EngineArgs {
     }
 
     /// Loads the model that others are measured against: it runs exactly, whatever it holds.
-    pub fn load_base(&self, path: &Path) -> anyhow::Result<Arc<Engine>> {
+    pub fn load_base(&self, path: &Path) -> Result<Arc<Engine>, engine::Error> {
         self.load_with(path, ActivationMode::F32, None)
     }
 
@@ -228,7 +152,7 @@ impl EngineArgs {
         path: &Path,
         activations: ActivationMode,
         kv: Option<KvKind>,
-    ) -> anyhow::Result<Arc<Engine>> {
+    ) -> Result<Arc<Engine>, engine::Error> {
         let options = Options {
             threads: self.threads.count(),
             cpus: self.cpu_mask.clone(),
@@ -236,7 +160,7 @@ impl EngineArgs {
             activations,
             kv,
         };
-        Ok(Engine::load(path, &options)?)
+        Engine::load(path, &options)
     }
 }
 

@@ -7,6 +7,11 @@ mod inspect;
 mod ladder;
 mod perplexity;
 mod run;
+mod sampling;
+#[cfg(feature = "serve")]
+mod serve;
+#[cfg(feature = "grammar")]
+mod shape;
 
 use std::io::ErrorKind;
 use std::process::ExitCode;
@@ -39,6 +44,9 @@ enum Command {
     Run(run::Args),
     /// A conversation in the terminal
     Chat(chat::Args),
+    /// A server for OpenAI's clients, with a chat page
+    #[cfg(feature = "serve")]
+    Serve(serve::Args),
     /// Perplexity of a text, and divergence from a base model
     Perplexity(perplexity::Args),
     /// Several files of one model side by side: perplexity, divergence, size, speed
@@ -55,6 +63,8 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(args),
         Command::Chat(args) => chat::run(args),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => serve::run(args),
         Command::Perplexity(args) => perplexity::run(args),
         Command::Ladder(args) => ladder::run(args),
         Command::Inspect(args) => inspect::run(args),

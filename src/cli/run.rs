@@ -7,8 +7,10 @@ use anyhow::Context;
 use serde_json::json;
 
 use super::common::{
-    ModelArgs, STDOUT, SamplingArgs, Usage, at_least, context_of, note, print_json, speed, utf8,
+    ModelArgs, STDOUT, Usage, at_least, context_of, note, print_json, speed, utf8,
 };
+use super::sampling::SamplingArgs;
+use crate::answer::Answer;
 use crate::generation::Generation;
 use crate::sampler::Sampler;
 
@@ -32,6 +34,12 @@ pub struct Args {
     ctx: Option<usize>,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[cfg(feature = "grammar")]
+    #[command(flatten)]
+    shape: super::shape::ShapeArgs,
+    /// End before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
     /// Print one JSON object instead of the text
     #[arg(long)]
     json: bool,
@@ -44,6 +52,8 @@ pub struct Args {
 enum Stop {
     /// The model ended it.
     End,
+    /// A stop string came.
+    Text,
     /// As many tokens as were asked for.
     Limit,
     /// The context is full.
@@ -55,6 +65,7 @@ impl Stop {
     fn name(self) -> &'static str {
         match self {
             Self::End => "end",
+            Self::Text => "stop",
             Self::Limit => "limit",
             Self::Context => "context",
         }
@@ -75,20 +86,24 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let limit = args.n.unwrap_or(usize::MAX);
 
     let mut session = engine.session(context)?;
-    let mut sampler = Sampler::new(args.sampling.settings());
+    let sampler = Sampler::new(args.sampling.settings()).with_vocabulary(tokenizer);
+    #[cfg(feature = "grammar")]
+    let mut sampler = sampler.with_constraint(args.shape.constraint(tokenizer)?);
+    #[cfg(not(feature = "grammar"))]
+    let mut sampler = sampler;
     let start = Instant::now();
     session.feed(&prompt)?;
     let pp_tok_s = speed(prompt.len(), start.elapsed());
 
     let mut out = std::io::stdout().lock();
-    let mut stream = tokenizer.stream();
+    let mut answer = Answer::continuing(tokenizer).with_stops(args.stop);
     let mut text = String::new();
     let mut tokens = 0;
     let start = Instant::now();
     let mut generation = Generation::new(&mut session, &mut sampler, limit.min(room))
         .with_drafts(args.sampling.drafts());
     for token in &mut generation {
-        let piece = stream.push(token?);
+        let piece = answer.push(token?);
         tokens += 1;
         if args.json {
             text.push_str(&piece);
@@ -97,14 +112,19 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 .and_then(|()| out.flush())
                 .context(STDOUT)?;
         }
+        if answer.stop().is_some() {
+            break;
+        }
     }
     let (drafted, accepted) = (generation.drafted(), generation.accepted());
     drop(generation);
     // The first token comes from the prompt's logits, and the last one may not have been fed.
     let fed = session.tokens().len() - prompt.len();
     let tg_tok_s = speed(fed, start.elapsed());
-    let tail = stream.finish();
-    let stop = if tokens < limit.min(room) {
+    let tail = answer.finish();
+    let stop = if answer.stop().is_some() {
+        Stop::Text
+    } else if tokens < limit.min(room) {
         Stop::End
     } else if tokens == limit {
         Stop::Limit
@@ -127,7 +147,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     writeln!(out, "{tail}").context(STDOUT)?;
     match stop {
-        Stop::End => {}
+        Stop::End | Stop::Text => {}
         Stop::Limit => note(format_args!("ended after {tokens} tokens, as -n asks")),
         Stop::Context => note(format_args!(
             "ended because the context of {context} tokens is full; raise --ctx for more"

@@ -117,6 +117,22 @@ impl KvCache {
         self.kind
     }
 
+    /// Copies the keys and values of the first `tokens` positions of `other`, a cache of the same model and kind,
+    /// and holds just these.
+    ///
+    /// # Panics
+    /// If the caches differ in kind or heads, or either is too small.
+    pub fn copy_from(&mut self, other: &Self, tokens: usize) {
+        assert_eq!((self.kind, self.row), (other.kind, other.row));
+        assert!(tokens <= other.len && tokens <= self.capacity);
+        let (ours, theirs) = (self.capacity * self.row, other.capacity * other.row);
+        let planes = self.map.chunks_exact_mut(ours.max(1));
+        for (to, from) in planes.zip(other.map.chunks_exact(theirs.max(1))) {
+            to[..tokens * self.row].copy_from_slice(&from[..tokens * self.row]);
+        }
+        self.len = tokens;
+    }
+
     /// Stores keys and values (`[tokens][kv_heads · head_dim]`) of the tokens from `position` on; keys are
     /// rotated by `turns [tokens][pairs]` first.
     #[allow(clippy::too_many_arguments)] // where, how, and what

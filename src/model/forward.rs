@@ -185,6 +185,29 @@ pub fn forward(
     );
 }
 
+/// Final hidden states, after the output norm, of the last batch's first `tokens` tokens: calls `visit(t, hidden)` for
+/// each, in order.
+pub fn hidden_states(
+    model: &Model,
+    kernels: &Kernels,
+    state: &State,
+    tokens: usize,
+    mut visit: impl FnMut(usize, &[f32]),
+) {
+    let hidden = model.config.shape.hidden;
+    let mut out = vec![0.0; hidden];
+    for t in 0..tokens {
+        let x = row(&state.x, t, hidden);
+        (kernels.floats.norm)(
+            x,
+            &model.weights.output_norm,
+            model.config.norm_eps,
+            &mut out,
+        );
+        visit(t, &out);
+    }
+}
+
 /// Row `t` of a matrix of `cols` columns.
 fn row<T>(matrix: &[T], t: usize, cols: usize) -> &[T] {
     &matrix[t * cols..(t + 1) * cols]

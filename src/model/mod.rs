@@ -13,7 +13,7 @@ use std::path::PathBuf;
 pub use cache::{KvCache, KvKind};
 pub use config::{Config, RopeConfig};
 use forward::Span;
-pub use forward::{Slot, forward};
+pub use forward::{Slot, forward, hidden_states};
 pub use state::State;
 pub use weights::{Layer, Weights};
 

@@ -365,6 +365,11 @@ impl Tokenizer {
         self.adds_bos
     }
 
+    /// The tokens that end an answer, ascending.
+    pub fn ends(&self) -> &[u32] {
+        &self.ends
+    }
+
     /// Whether `id` ends an answer (end of text, turn or message).
     pub fn is_end(&self, id: u32) -> bool {
         self.ends.binary_search(&id).is_ok()
