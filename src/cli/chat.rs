@@ -62,7 +62,7 @@ fn style(name: &str) -> Result<Style, String> {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let engine = args.model.load()?;
+    let engine = args.model.load(args.ctx)?;
     let mut input = Input::new()?;
     let at_terminal = input.is_terminal();
     let interrupt = Interrupt::install(!at_terminal)?;

@@ -16,6 +16,8 @@ use crate::gguf::Gguf;
 use crate::kernels::Kernels;
 use crate::model::KvKind;
 use crate::perplexity::{Chunks, Estimate};
+use crate::plan::fit::usual_context;
+use crate::plan::memory::Memory;
 use crate::quant::BlockType;
 use crate::sampler::Settings;
 use crate::threads::CpuSet;
@@ -63,6 +65,10 @@ pub struct EngineArgs {
     /// How keys and values of the context are kept [default: f16; f32 where all else is exact]
     #[arg(long, value_enum, value_name = "TYPE")]
     kv: Option<Kv>,
+    /// Memory that the model may take, such as 12GiB: where it needs more, experts are read from disk as they
+    /// are needed; auto is what the system has to spare
+    #[arg(long, value_name = "SIZE", default_value_t = Memory::Auto)]
+    memory: Memory,
 }
 
 /// Wrong usage that shows only after the arguments are parsed: the command exits with 2.
@@ -202,30 +208,31 @@ impl ModelArgs {
         &self.model
     }
 
-    /// Loads the model.
-    pub fn load(&self) -> anyhow::Result<Arc<Engine>> {
-        self.engine.load(&self.model)
+    /// Loads the model, to be run with a context of so many tokens (or the usual number).
+    pub fn load(&self, context: Option<usize>) -> anyhow::Result<Arc<Engine>> {
+        self.engine.load(&self.model, context)
     }
 }
 
 impl EngineArgs {
-    /// Loads the model in `path`.
-    pub fn load(&self, path: &Path) -> anyhow::Result<Arc<Engine>> {
+    /// Loads the model in `path`, to be run with a context of so many tokens (or the usual number).
+    pub fn load(&self, path: &Path, context: Option<usize>) -> anyhow::Result<Arc<Engine>> {
         let activations = match self.activations {
             Activations::Int8 => ActivationMode::Int8,
             Activations::F32 => ActivationMode::F32,
         };
-        self.load_with(path, activations, self.kv.map(KvKind::from))
+        self.load_with(path, context, activations, self.kv.map(KvKind::from))
     }
 
     /// Loads the model that others are measured against: it runs exactly, whatever it holds.
-    pub fn load_base(&self, path: &Path) -> anyhow::Result<Arc<Engine>> {
-        self.load_with(path, ActivationMode::F32, None)
+    pub fn load_base(&self, path: &Path, context: usize) -> anyhow::Result<Arc<Engine>> {
+        self.load_with(path, Some(context), ActivationMode::F32, None)
     }
 
     fn load_with(
         &self,
         path: &Path,
+        context: Option<usize>,
         activations: ActivationMode,
         kv: Option<KvKind>,
     ) -> anyhow::Result<Arc<Engine>> {
@@ -235,19 +242,22 @@ impl EngineArgs {
             kernels: self.kernels.clone(),
             activations,
             kv,
+            memory: self.memory,
+            context,
         };
         Ok(Engine::load(path, &options)?)
     }
 }
 
-/// Tokens of context where nobody asks for more or less, and the model was trained for as many.
-const USUAL_CONTEXT: usize = 4096;
-
 /// The context to run `engine` with: what was asked for, with a warning if the model was not
 /// trained for as much.
 pub fn context_of(engine: &Engine, asked: Option<usize>) -> usize {
     let trained = engine.shape().context;
-    let context = asked.unwrap_or(USUAL_CONTEXT.min(trained));
+    let usual = || {
+        let planned = engine.fit().map(|fit| fit.context);
+        planned.unwrap_or_else(|| usual_context(engine.shape()))
+    };
+    let context = asked.unwrap_or_else(usual);
     if context > trained {
         note(format_args!(
             "fewbit: warning: --ctx {context} is more than the {trained} tokens that the model was trained for"

@@ -67,7 +67,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Some(prompt) if prompt != "-" => prompt,
         _ => read_prompt()?,
     };
-    let engine = args.model.load()?;
+    let engine = args.model.load(args.ctx)?;
     let tokenizer = engine.tokenizer();
     let prompt = tokenizer.encode_with_bos(&prompt, true)?;
     let context = context_of(&engine, args.ctx);

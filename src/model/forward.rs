@@ -6,6 +6,7 @@ use super::{KvCache, Model, State};
 use crate::kernels::experts::feed_forward;
 use crate::kernels::linear::{Into, linear};
 use crate::kernels::{Kernels, Phase};
+use crate::tensor::direct;
 use crate::threads::Pool;
 
 /// Experts of a layer that the router's scratch holds; no file may have more.
@@ -50,6 +51,10 @@ impl Span {
 /// wanted logits in `state.logits`. In either phase every token's result is the same bits
 /// whatever else is in the batch and however a prompt is cut.
 ///
+/// # Errors
+/// When an expert cannot be read. The caches then count tokens whose keys and values they do not hold:
+/// their length must be set back.
+///
 /// # Panics
 /// If the batch is larger than `state.batch`, a cache is too small, or a token is outside the
 /// vocabulary; the engine checks all three.
@@ -60,7 +65,7 @@ pub fn forward(
     phase: Phase,
     state: &mut State,
     slots: Vec<Slot<'_>>,
-) {
+) -> Result<(), direct::Error> {
     let (config, weights) = (&model.config, &model.weights);
     let shape = &config.shape;
     let hidden = shape.hidden;
@@ -153,16 +158,17 @@ pub fn forward(
             });
         }
         s.routes.group(shape.experts, used, &s.chosen[..n * used]);
+        let active: Vec<usize> = s.routes.active().collect();
         feed_forward(
             pool,
             kernels,
             phase,
-            weights.experts.layer(l),
+            weights.experts.visit(l, &active),
             &s.routes,
             &s.normed,
             &mut s.hidden,
             &mut s.x,
-        );
+        )?;
     }
 
     // logits [outputs, vocab] = norm(x) · Wᵀ
@@ -183,6 +189,7 @@ pub fn forward(
         Into::Set,
         &mut [(&weights.output, &mut s.logits[..])],
     );
+    Ok(())
 }
 
 /// Row `t` of a matrix of `cols` columns.

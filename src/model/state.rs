@@ -3,10 +3,7 @@
 use super::Config;
 use crate::kernels::Activations;
 use crate::kernels::experts::Routes;
-use crate::plan::PROMPT_BATCH;
-
-/// What scratch may take; no model of the family comes near.
-const SCRATCH_LIMIT: u64 = 768 << 20;
+use crate::plan::{PROMPT_BATCH, SCRATCH_LIMIT};
 
 /// Scratch of the forward pass, allocated once for batches of up to `batch` tokens.
 pub struct State {
