@@ -7,10 +7,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::experts::trace::{Head, Trace};
 use crate::experts::{Cache, policy};
 use crate::gguf::{self, Gguf};
 use crate::kernels::{Kernels, Phase};
-use crate::model::{self, KvCache, KvKind, Model, Placement, Slot, State, forward};
+use crate::model::{self, KvCache, KvKind, Model, Placement, Routing, Slot, State, forward};
 use crate::plan::fit::{Fit, TooLittle};
 use crate::plan::memory::Memory;
 use crate::plan::{self, Shape};
@@ -35,6 +36,14 @@ pub enum Error {
         file: PathBuf,
         /// What it needs.
         source: TooLittle,
+    },
+    /// Memory cannot be locked.
+    #[error("{}: cannot lock the weights in memory: {source}; raise the limit (ulimit -l), or go without --mlock", file.display())]
+    Lock {
+        /// The file.
+        file: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
     },
     /// The vocabulary in the file is unusable.
     #[error(transparent)]
@@ -152,6 +161,18 @@ pub enum ActivationMode {
     F32,
 }
 
+/// Where weights are put.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Loading {
+    /// In the mapped file, if all fit; else in memory of our own, with a cache of experts.
+    #[default]
+    Fitting,
+    /// In the mapped file, whether they fit or not.
+    Mapped,
+    /// In memory of our own, experts in a cache if not all fit.
+    Read,
+}
+
 /// How to load a model.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
@@ -168,6 +189,12 @@ pub struct Options {
     pub kv: Option<KvKind>,
     /// What the model may take. Where it takes more, experts are read from disk as they are needed.
     pub memory: Memory,
+    /// Where the weights are put, within that memory.
+    pub loading: Loading,
+    /// Whether all that is in memory after loading is kept from being swapped or dropped.
+    pub lock: bool,
+    /// How experts are chosen.
+    pub routing: Routing,
     /// Tokens of context to plan the memory for; `None` for the usual number, or fewer where those do not fit.
     pub context: Option<usize>,
 }
@@ -196,6 +223,9 @@ fn fit(gguf: &Gguf, options: &Options) -> Result<Option<Fit>, Error> {
     let Some(memory) = options.memory.bytes() else {
         return Ok(None);
     };
+    if options.loading == Loading::Mapped {
+        return Ok(None);
+    }
     let shape = Shape::from_metadata(&gguf.metadata)?;
     let is_exact = |tensor: &gguf::TensorInfo| tensor.kind == BlockType::F32;
     let exact = options.activations == ActivationMode::F32 || gguf.tensors.iter().all(is_exact);
@@ -212,6 +242,18 @@ fn fit(gguf: &Gguf, options: &Options) -> Result<Option<Fit>, Error> {
             Err(Error::TooLittle { file, source })
         }
     }
+}
+
+/// Keeps everything that the process has in memory there.
+#[cfg(target_os = "linux")]
+fn lock_memory() -> std::io::Result<()> {
+    rustix::mm::mlockall(rustix::mm::MlockAllFlags::CURRENT)?;
+    Ok(())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn lock_memory() -> std::io::Result<()> {
+    Err(std::io::Error::other("there is a way on Linux only"))
 }
 
 /// A loaded, shareable model.
@@ -255,10 +297,18 @@ impl Engine {
         let gguf = gguf::read(path)?;
         let fit = fit(&gguf, options)?;
         let placement = match fit.as_ref().and_then(|fit| fit.slots.as_ref()) {
+            Some(slots) => Placement::Cached(slots, policy::Kind::default()),
+            None if options.loading == Loading::Read => Placement::Read,
             None => Placement::Mapped,
-            Some(slots) => Placement::Cached(slots, policy::Kind::Lru),
         };
-        let model = Model::open(&gguf, placement)?;
+        let mut model = Model::open(&gguf, placement)?;
+        model.routing = options.routing;
+        if options.lock {
+            lock_memory().map_err(|source| Error::Lock {
+                file: path.to_owned(),
+                source,
+            })?;
+        }
         let tokenizer = Tokenizer::from_metadata(&gguf.metadata)?;
         let (tokens, rows) = (tokenizer.vocab_len(), model.config.shape.vocab);
         if tokens != rows {
@@ -326,6 +376,29 @@ impl Engine {
     /// The cache of experts, where not all of them are in memory.
     pub fn expert_cache(&self) -> Option<&Cache> {
         self.model.weights.experts.cache()
+    }
+
+    /// From now on routing is recorded.
+    pub fn start_trace(&self) {
+        let layers = self.model.weights.experts.layer_bytes();
+        self.lock().trace = Some(Trace::new(Head {
+            experts: self.shape().experts,
+            expert_bytes: layers,
+        }));
+    }
+
+    /// What was recorded since [`start_trace`](Self::start_trace); nothing is any more.
+    pub fn take_trace(&self) -> Option<Trace> {
+        self.lock().trace.take()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How experts are chosen.
+    pub fn routing(&self) -> Routing {
+        self.model.routing
     }
 
     /// The vocabulary.
@@ -441,7 +514,7 @@ impl Engine {
         phase: Phase,
         slots: Vec<Slot<'_>>,
     ) -> Result<MutexGuard<'_, State>, direct::Error> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         forward(
             &self.model,
             &self.pool,

@@ -5,6 +5,8 @@
 //! to less memory than it takes, a copy that was read past the page cache ([`direct`]).
 
 pub mod direct;
+pub mod fault;
+pub mod warm;
 
 use std::fs::File;
 use std::ops::Range;

@@ -5,11 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fewbit::engine::{Engine, Options};
+use fewbit::engine::{Engine, Loading, Options};
 use fewbit::gguf::{self, Metadata, names};
 use fewbit::plan::Shape;
 use fewbit::plan::fit::Fit;
 use fewbit::plan::memory::Memory;
+use fewbit_convert::config::ModelConfig;
+use fewbit_convert::synth::{self, Preset};
 use quant_tests::fixture::{self, Parts};
 use tempfile::TempDir;
 
@@ -207,4 +209,262 @@ fn too_little_memory_says_how_much_is_needed() {
     assert!(message.contains(&figure), "{message}");
     assert!(message.contains("--memory"), "{message}");
     Engine::load(&file.path, &options(least)).unwrap();
+}
+
+/// The `fewbit` binary beside these tests.
+fn binary() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let profile = test.parent().and_then(Path::parent).unwrap();
+    let binary = profile.join(format!("fewbit{}", std::env::consts::EXE_SUFFIX));
+    assert!(
+        binary.is_file(),
+        "{} is not built; `cargo test` without -p builds it, as does `cargo build`",
+        binary.display()
+    );
+    binary
+}
+
+/// Six times as large as the memory that it gets.
+fn large_model(folder: &Path) -> PathBuf {
+    let config = ModelConfig {
+        vocab: 512,
+        context: 512,
+        hidden: 1024,
+        layers: 8,
+        ffn: 3584,
+        heads: 8,
+        kv_heads: 2,
+        head_dim: 128,
+        ..Preset::Mixtral8x7b.config()
+    };
+    let options = synth::Options {
+        name: "large".to_owned(),
+        config,
+        mix: "Q8_0".parse().unwrap(),
+        seed: 7,
+        force: false,
+    };
+    let path = folder.join("large.gguf");
+    synth::synth(&path, &options, &indicatif::ProgressBar::hidden()).unwrap();
+    path
+}
+
+/// The largest resident set of a command while it runs, mapped pages included.
+#[cfg(target_os = "linux")]
+fn peak_of(command: &mut std::process::Command) -> (u64, std::process::Output) {
+    use std::process::Stdio;
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = child.spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    while child.try_wait().unwrap().is_none() {
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok());
+        peak = kib.unwrap_or(0u64).max(peak);
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    (peak * 1024, child.wait_with_output().unwrap())
+}
+
+/// Prompt and generation together stay within the memory given; and the plan says what then happens.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_memory_given_is_not_exceeded() {
+    let folder = TempDir::new().unwrap();
+    let path = large_model(folder.path());
+    let file_bytes = fs::metadata(&path).unwrap().len();
+    let memory = 256 << 20;
+    assert!(file_bytes > 2 * memory, "{file_bytes}");
+    let mut run = std::process::Command::new(binary());
+    let text = "the history of ".repeat(60);
+    run.args([
+        "run", "-n", "8", "--temp", "0", "--ctx", "512", "--json", "--memory", "256MiB", "-t", "2",
+    ]);
+    let (peak, output) = peak_of(run.arg("-m").arg(&path).arg(&text));
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+    assert!(error.contains("in slots"), "{error}");
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let cache = &json["expert_cache"];
+    assert!(
+        cache["read_bytes_per_token"].as_f64().unwrap() > 1e6,
+        "{json}"
+    );
+    assert!(cache["hit_rate"].as_f64().unwrap() < 1.0, "{json}");
+    assert!(json["prompt_tokens"].as_u64().unwrap() > 100, "{json}");
+    assert!(peak <= memory, "{peak} bytes were resident of {memory}");
+    // Not for want of trying: most of it is used.
+    assert!(peak > memory / 2, "{peak} bytes were resident of {memory}");
+
+    // Mapped, the same takes more: the test can tell.
+    let mut run = std::process::Command::new(binary());
+    run.args([
+        "run", "-n", "8", "--temp", "0", "--ctx", "512", "--json", "--mmap", "-t", "2",
+    ]);
+    let (mapped, output) = peak_of(run.arg("-m").arg(&path).arg(&text));
+    let same: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["text"], same["text"]);
+    assert!(same["expert_cache"].is_null());
+    assert!(mapped > memory, "{mapped}");
+}
+
+/// A mapped file that shrinks ends the program with a line, not with a signal.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_mapped_file_that_shrinks_is_an_error() {
+    use std::io::{BufRead, BufReader, Write};
+    use std::process::{Command, Stdio};
+    let file = fixture::tiny_mixtral("Q8_0");
+    let mut child = Command::new(binary())
+        .args(["chat", "--mmap", "-n", "4", "--template", "mistral", "-m"])
+        .arg(&file.path)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap());
+    input.write_all(b"hello\n").unwrap();
+    let mut answer = String::new();
+    lines.read_line(&mut answer).unwrap();
+    let handle = fs::File::options().write(true).open(&file.path).unwrap();
+    handle.set_len(4096).unwrap();
+    input.write_all(b"again\n").unwrap();
+    drop(input);
+    let output = child.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        error.contains("was cut off") && error.contains("--no-mmap"),
+        "{error}"
+    );
+    assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+fn a_recorded_run_is_replayed() {
+    let folder = TempDir::new().unwrap();
+    let file = fixture::tiny_mixtral("Q8_0");
+    let trace = folder.path().join("trace.jsonl");
+    let run = std::process::Command::new(binary())
+        .args([
+            "run",
+            "-n",
+            "40",
+            "--temp",
+            "0",
+            "--json",
+            "The history of",
+            "--trace-experts",
+        ])
+        .arg(&trace)
+        .arg("-m")
+        .arg(&file.path)
+        .output()
+        .unwrap();
+    assert!(
+        run.status.success(),
+        "{}",
+        String::from_utf8_lossy(&run.stderr)
+    );
+    let replay = |slots: &str| -> serde_json::Value {
+        let output = std::process::Command::new(binary())
+            .args(["experts", "replay", "--json", "--slots", slots])
+            .arg(&trace)
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let rates = |json: &serde_json::Value| -> Vec<(String, f64)> {
+        let policies = json["policies"].as_array().unwrap().iter();
+        let rate = |p: &serde_json::Value| {
+            (
+                p["name"].as_str().unwrap().to_owned(),
+                p["hit_rate"].as_f64().unwrap(),
+            )
+        };
+        policies.map(rate).collect()
+    };
+    let half = rates(&replay("8"));
+    let names: Vec<_> = half.iter().map(|(name, _)| &name[..]).collect();
+    assert_eq!(
+        names,
+        ["lru", "lfu", "least-stale", "next-use", "static", "belady"]
+    );
+    let best = half.last().unwrap().1;
+    assert!(
+        half.iter().all(|&(_, rate)| rate <= best && rate < 1.0),
+        "{half:?}"
+    );
+    // With room for all, everything that the prompt has brought in is there.
+    assert!(rates(&replay("1000")).iter().all(|&(_, rate)| rate > 0.9));
+}
+
+/// What `fewbit plan` announces is what the engine then does.
+#[test]
+fn the_plan_is_what_happens() {
+    let file = fixture::tiny_mixtral("Q4_K_M");
+    let (least, slot) = least(&file.path);
+    let memory = least + 2 * slot;
+    let output = std::process::Command::new(binary())
+        .args([
+            "plan",
+            "--json",
+            "--ctx",
+            "256",
+            "--memory",
+            &memory.to_string(),
+            "-m",
+        ])
+        .arg(&file.path)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let engine = load(&file.path, Memory::Bytes(memory), 1);
+    let slots = engine.fit().unwrap().slots.as_ref().unwrap();
+    assert_eq!(plan["slots"], slots.count());
+    assert!(plan["resident_bytes"].as_u64().unwrap() + slots.bytes() <= memory);
+    assert!(plan["disk_gb_s"].as_f64().unwrap() > 0.0 && plan["tok_s"].as_f64().unwrap() > 0.0);
+    assert!(plan["read_bytes_per_token"].as_f64().unwrap() > 0.0);
+
+    let refused = std::process::Command::new(binary())
+        .args(["plan", "--memory", "1MiB", "-m"])
+        .arg(&file.path)
+        .output()
+        .unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    let error = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        error.contains("at least") && error.lines().count() == 1,
+        "{error}"
+    );
+}
+
+/// In memory of its own and mapped, all of it.
+#[test]
+fn read_and_mapped_give_the_same_bits() {
+    let file = fixture::tiny_mixtral("Q4_K_M");
+    let options = |loading| Options {
+        loading,
+        context: Some(CONTEXT),
+        memory: Memory::Bytes(1 << 40),
+        ..Options::default()
+    };
+    let read = file.load(&options(Loading::Read));
+    let mapped = file.load(&options(Loading::Mapped));
+    assert!(logits(&read) == logits(&mapped));
 }

@@ -10,11 +10,12 @@ use std::time::Instant;
 use anyhow::Context;
 
 use super::common::{
-    ModelArgs, STDOUT, SamplingArgs, at_least, context_of, file_stem, note, speed,
+    CacheUse, ModelArgs, STDOUT, SamplingArgs, at_least, context_of, file_stem, note, speed,
 };
 use super::one_line;
 use crate::chat::{Message, Style, Template};
 use crate::engine::{self, Engine, Session};
+use crate::experts::Cache;
 use crate::generation::Generation;
 use crate::plan::PROMPT_BATCH;
 use crate::sampler::Sampler;
@@ -191,6 +192,8 @@ impl Chat {
         if lead.is_empty() && prompt.last().is_some_and(|&id| is_special(tokenizer, id)) {
             stream = stream.at_start();
         }
+        let before = engine.expert_cache().map(Cache::counters);
+        let fed_before = self.session.tokens().len();
         let mut answer = String::new();
         let mut written = 0;
         let start = Instant::now();
@@ -218,8 +221,10 @@ impl Chat {
             let capacity = self.session.capacity();
             let speed = speed.map_or(String::new(), |speed| format!(", {speed:.1} tok/s"));
             let full = if full { " (full: /reset)" } else { "" };
+            let cache = CacheUse::since(&engine, before, used - fed_before);
+            let cache = cache.map_or(String::new(), |cache| format!("; {cache}"));
             note(format_args!(
-                "\x1b[2m[{read} tokens read, {written} written{speed}; context {used} of {capacity}{full}]\x1b[0m"
+                "\x1b[2m[{read} tokens read, {written} written{speed}{cache}; context {used} of {capacity}{full}]\x1b[0m"
             ));
         } else if full {
             note("fewbit: the answer is cut: the context is full; raise --ctx");

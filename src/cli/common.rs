@@ -11,15 +11,17 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
-use crate::engine::{ActivationMode, Engine, Options};
+use crate::engine::{ActivationMode, Engine, Loading, Options};
+use crate::experts::{Cache, Counters};
 use crate::gguf::Gguf;
 use crate::kernels::Kernels;
-use crate::model::KvKind;
+use crate::model::{KvKind, Routing};
 use crate::perplexity::{Chunks, Estimate};
 use crate::plan::fit::usual_context;
 use crate::plan::memory::Memory;
 use crate::quant::BlockType;
 use crate::sampler::Settings;
+use crate::tensor::{fault, warm};
 use crate::threads::CpuSet;
 use crate::tokenizer::Tokenizer;
 
@@ -69,6 +71,28 @@ pub struct EngineArgs {
     /// are needed; auto is what the system has to spare
     #[arg(long, value_name = "SIZE", default_value_t = Memory::Auto)]
     memory: Memory,
+    /// Map the file even if it does not fit into memory
+    #[arg(long, conflicts_with = "no_mmap")]
+    mmap: bool,
+    /// Read the weights into memory of the program's own instead of mapping the file
+    #[arg(long)]
+    no_mmap: bool,
+    /// Keep the weights from being swapped out or dropped
+    #[arg(long)]
+    mlock: bool,
+    /// How experts are chosen where some have to be read from disk: exact, or cached:SHARE (cached:0.1, say), which prefers
+    /// one that is in memory if its score is lower by no more than that share of their spread; faster, other results
+    #[arg(long, value_name = "HOW", default_value = "exact", value_parser = routing)]
+    routing: Routing,
+}
+
+fn routing(text: &str) -> Result<Routing, String> {
+    let share = || text.strip_prefix("cached:")?.parse::<f32>().ok();
+    match (text, share()) {
+        ("exact", _) => Ok(Routing::Exact),
+        (_, Some(share)) if is_share(share) => Ok(Routing::Cached(share)),
+        _ => Err("must be exact, or cached: and a share from 0 to 1".to_owned()),
+    }
 }
 
 /// Wrong usage that shows only after the arguments are parsed: the command exits with 2.
@@ -243,9 +267,97 @@ impl EngineArgs {
             activations,
             kv,
             memory: self.memory,
+            loading: match (self.mmap, self.no_mmap) {
+                (true, _) => Loading::Mapped,
+                (_, true) => Loading::Read,
+                _ => Loading::Fitting,
+            },
+            lock: self.mlock,
+            routing: self.routing,
             context,
         };
-        Ok(Engine::load(path, &options)?)
+        fault::explain();
+        let engine = Engine::load(path, &options)?;
+        let cache = engine.expert_cache();
+        let fits = engine.fit().is_some() && cache.is_none();
+        if fits && options.loading == Loading::Fitting {
+            bring_in(&engine);
+        }
+        if let Some(fit) = engine
+            .fit()
+            .filter(|_| cache.is_some() || self.memory != Memory::Auto)
+        {
+            note(fit);
+        }
+        if let Some(reason) = cache.and_then(Cache::buffered_because) {
+            note(format_args!(
+                "fewbit: reads go through the page cache: {reason}"
+            ));
+        }
+        if engine.fit().is_none() && !self.mmap && self.memory == Memory::Auto {
+            note(
+                "fewbit: warning: the model does not fit into memory, even with experts on disk: it is mapped, and slow",
+            );
+        }
+        Ok(engine)
+    }
+}
+
+/// Reads a mapped file that is not in memory, with a progress bar. Small ones come in fast enough by themselves.
+fn bring_in(engine: &Engine) {
+    const SMALL: u64 = 256 << 20;
+    let bytes = engine
+        .gguf()
+        .tensors
+        .iter()
+        .map(|tensor| tensor.bytes)
+        .sum();
+    if bytes < SMALL {
+        return;
+    }
+    let bar = progress(bytes, "reading {wide_bar} {bytes}/{total_bytes} {eta}");
+    warm::warm(&engine.gguf().files, &|read| bar.inc(read));
+}
+
+/// What a cache of experts did while tokens were generated.
+pub struct CacheUse {
+    counters: Counters,
+    tokens: usize,
+}
+
+impl CacheUse {
+    /// What `engine`'s cache, if it has one, did for `tokens` tokens since it had counted `before`.
+    pub fn since(engine: &Engine, before: Option<Counters>, tokens: usize) -> Option<Self> {
+        let counters = engine.expert_cache()?.counters() - before?;
+        Some(Self { counters, tokens })
+    }
+
+    fn read_bytes_per_token(&self) -> Option<f64> {
+        (self.tokens > 0).then(|| self.counters.read_bytes as f64 / self.tokens as f64)
+    }
+
+    /// As `fewbit run --json` shows it.
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "hit_rate": self.counters.hit_rate(),
+            "read_bytes_per_token": self.read_bytes_per_token(),
+            "wait_s": self.counters.waited.as_secs_f64(),
+            "prefetch_accuracy": self.counters.accuracy(),
+        })
+    }
+}
+
+impl Display for CacheUse {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let percent = |share: Option<f64>| 100.0 * share.unwrap_or(f64::NAN);
+        write!(
+            f,
+            "{} % of experts in memory, {} a token from disk, {:.1} s waited, {} % guessed right",
+            figure(percent(self.counters.hit_rate()), 0),
+            bytes(self.read_bytes_per_token().unwrap_or(0.0) as u64),
+            self.counters.waited.as_secs_f64(),
+            figure(percent(self.counters.accuracy()), 0)
+        )
     }
 }
 

@@ -1,14 +1,17 @@
 //! `fewbit run`: complete a prompt.
 
 use std::io::{IsTerminal, Read, Write};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
 use serde_json::json;
 
 use super::common::{
-    ModelArgs, STDOUT, SamplingArgs, Usage, at_least, context_of, note, print_json, speed, utf8,
+    CacheUse, ModelArgs, STDOUT, SamplingArgs, Usage, at_least, context_of, note, print_json,
+    speed, utf8,
 };
+use crate::experts::Cache;
 use crate::generation::Generation;
 use crate::sampler::Sampler;
 
@@ -32,6 +35,9 @@ pub struct Args {
     ctx: Option<usize>,
     #[command(flatten)]
     sampling: SamplingArgs,
+    /// Record which experts work, for `fewbit experts replay`
+    #[arg(long, value_name = "FILE")]
+    trace_experts: Option<PathBuf>,
     /// Print one JSON object instead of the text
     #[arg(long)]
     json: bool,
@@ -75,11 +81,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let limit = args.n.unwrap_or(usize::MAX);
 
     let mut session = engine.session(context)?;
+    if args.trace_experts.is_some() {
+        engine.start_trace();
+    }
     let mut sampler = Sampler::new(args.sampling.settings());
     let start = Instant::now();
     session.feed(&prompt)?;
     let pp_tok_s = speed(prompt.len(), start.elapsed());
 
+    let before = engine.expert_cache().map(Cache::counters);
     let mut out = std::io::stdout().lock();
     let mut stream = tokenizer.stream();
     let mut text = String::new();
@@ -104,6 +114,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let fed = session.tokens().len() - prompt.len();
     let tg_tok_s = speed(fed, start.elapsed());
     let tail = stream.finish();
+    let cache = CacheUse::since(&engine, before, fed);
+    if let (Some(path), Some(trace)) = (&args.trace_experts, engine.take_trace()) {
+        std::fs::write(path, trace.to_text()?)
+            .with_context(|| format!("{}: cannot write the trace", path.display()))?;
+    }
     let stop = if tokens < limit.min(room) {
         Stop::End
     } else if tokens == limit {
@@ -123,6 +138,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "tg_tok_s": tg_tok_s,
             "drafted": drafted,
             "accepted": accepted,
+            "expert_cache": cache.as_ref().map(CacheUse::json),
         }));
     }
     writeln!(out, "{tail}").context(STDOUT)?;
@@ -138,8 +154,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         0 => String::new(),
         drafted => format!(", {accepted} of {drafted} drafts accepted"),
     };
+    let cache = cache.map_or(String::new(), |cache| format!("; {cache}"));
     note(format_args!(
-        "prompt {} tokens, {} tok/s; generated {tokens} tokens, {} tok/s{drafts} ({} kernels, {} threads)",
+        "prompt {} tokens, {} tok/s; generated {tokens} tokens, {} tok/s{drafts}{cache} ({} kernels, {} threads)",
         prompt.len(),
         figure(pp_tok_s),
         figure(tg_tok_s),

@@ -20,13 +20,8 @@ use super::policy::{Kind, Policy};
 use super::{Expert, Portion};
 use crate::plan::fit::Slots;
 use crate::tensor::Extent;
-use crate::tensor::direct::{Error, Files, Piece};
+use crate::tensor::direct::{Error, Files, Piece, READ, READERS};
 
-/// Readers: enough to keep a queue at any disk.
-const READERS: usize = 4;
-/// Bytes of one read: several megabytes, as disks like them, and short enough that a needed read does not
-/// wait long for one that was begun on suspicion.
-const READ: usize = 4 << 20;
 /// Readers that may be busy with what is only likely.
 const SUSPICIONS: usize = 2;
 
@@ -279,15 +274,15 @@ impl Cache {
         self.shared.files.buffered_because()
     }
 
-    /// The experts of a layer that a visit finds without reading.
+    /// The experts of a layer that have a slot, those on their way to one included.
     pub fn present(&self, layer: usize) -> Vec<bool> {
         let table = self.shared.lock();
         let experts = self.shared.layers[layer].len();
-        let whole = |slot: usize| table.slots[slot].missing == [0; 3];
+        let sound = |slot: usize| !table.slots[slot].broken;
         let places = &table.place[layer * experts..][..experts];
         places
             .iter()
-            .map(|place| place.is_some_and(whole))
+            .map(|place| place.is_some_and(sound))
             .collect()
     }
 
@@ -526,11 +521,11 @@ pub struct Visit<'a> {
 }
 
 impl Visit<'_> {
-    /// See [`super::Visit::next`].
+    /// See [`super::Visit::portion`].
     ///
     /// # Errors
     /// When an expert cannot be read.
-    pub fn next(&mut self) -> Result<Option<Portion<'_>>, Error> {
+    pub fn portion(&mut self) -> Result<Option<Portion<'_>>, Error> {
         let mut table = self.shared.lock();
         for stage in &self.stages[self.given..self.next] {
             if let Stage::Gated(slot) = *stage {
@@ -547,7 +542,7 @@ impl Visit<'_> {
             }
             self.admit(&mut table);
             if self.can_go_on(&table) {
-                return Ok(Some(self.portion(&table)));
+                return Ok(Some(self.gather(&table)));
             }
             let start = Instant::now();
             let woken = self.shared.arrived.wait(table);
@@ -632,7 +627,7 @@ impl Visit<'_> {
     }
 
     /// What can be computed.
-    fn portion(&mut self, table: &Table) -> Portion<'_> {
+    fn gather(&mut self, table: &Table) -> Portion<'_> {
         let mut portion = Portion::default();
         for (&expert, stage) in self.active.iter().zip(&mut self.stages).skip(self.next) {
             let Stage::Inside(index) = *stage else {
@@ -642,7 +637,7 @@ impl Visit<'_> {
             if slot.missing[0] + slot.missing[1] > 0 {
                 continue;
             }
-            // SAFETY: pinned until `next` is called again at least, which ends the borrow; arrived.
+            // SAFETY: pinned until `portion` is called again at least, which ends the borrow; arrived.
             let (gate, up) = unsafe { (self.shared.rows(slot, 0), self.shared.rows(slot, 1)) };
             portion.gates.push((expert, gate, up));
             *stage = Stage::Gated(index);

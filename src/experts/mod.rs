@@ -7,6 +7,7 @@
 
 pub mod cache;
 pub mod policy;
+pub mod trace;
 
 pub use cache::{Cache, Counters};
 
@@ -65,6 +66,23 @@ impl Experts {
         }
     }
 
+    /// Bytes of an expert, by layer.
+    pub fn layer_bytes(&self) -> Vec<u64> {
+        let bytes = |extents: [&Extent; 3]| extents.map(|e| e.bytes() as u64).iter().sum();
+        match self {
+            Self::Resident(layers) => {
+                let first = layers.iter().map(|experts| &experts[0]);
+                first
+                    .map(|expert| bytes(expert.parts().map(Matrix::extent)))
+                    .collect()
+            }
+            Self::Cached(cache) => {
+                let first = cache.layers().iter().map(|experts| &experts[0]);
+                first.map(|expert| bytes(expert.parts())).collect()
+            }
+        }
+    }
+
     /// The cache, where there is one.
     pub fn cache(&self) -> Option<&Cache> {
         match self {
@@ -105,7 +123,7 @@ impl Visit<'_> {
     ///
     /// # Errors
     /// When an expert cannot be read.
-    pub fn next(&mut self) -> Result<Option<Portion<'_>>, Error> {
+    pub fn portion(&mut self) -> Result<Option<Portion<'_>>, Error> {
         match self {
             Self::Resident(all) => Ok(all.take().map(|(experts, active)| {
                 let expert = |&e: &usize| (e, &experts[e]);
@@ -118,7 +136,7 @@ impl Visit<'_> {
                     downs: downs.map(|(e, expert)| (e, expert.down.all())).collect(),
                 }
             })),
-            Self::Cached(visit) => visit.next(),
+            Self::Cached(visit) => visit.portion(),
         }
     }
 }

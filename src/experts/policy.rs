@@ -4,9 +4,10 @@
 //! comes next is needed sooner than one of the layer that has just been.
 
 /// How the expert that goes is chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Kind {
     /// The one whose last use is longest ago.
+    #[default]
     Lru,
     /// The one that was used least, uses counting less as they grow old.
     Lfu,

@@ -87,7 +87,7 @@ pub fn feed_forward(
         phase,
         routes,
     };
-    while let Some(portion) = experts.next()? {
+    while let Some(portion) = experts.portion()? {
         layer.gate(&portion.gates, x, hidden);
         layer.down(&portion.downs, hidden, x.len(), residual);
     }

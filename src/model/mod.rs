@@ -14,6 +14,7 @@ pub use cache::{KvCache, KvKind};
 pub use config::{Config, RopeConfig};
 use forward::Span;
 pub use forward::{Slot, forward};
+pub use moe::Routing;
 pub use state::State;
 pub use weights::{Layer, Placement, Weights};
 
@@ -65,6 +66,8 @@ pub struct Model {
     pub config: Config,
     /// The tensors.
     pub weights: Weights,
+    /// How experts are chosen.
+    pub routing: Routing,
     rope: Rope,
 }
 
@@ -80,6 +83,7 @@ impl Model {
         Ok(Self {
             config,
             weights,
+            routing: Routing::Exact,
             rope,
         })
     }

@@ -4,6 +4,8 @@
 //! values, scratch. Experts get what remains, as slots of a cache ([`crate::experts`]), unless all of them
 //! fit: then the file is mapped as it is. (A dense model's feed-forward parts count as one expert a layer.)
 
+use std::fmt;
+
 use super::{Group, PROMPT_BATCH, SCRATCH_LIMIT, Shape, Weight};
 use crate::gguf::names::{self, Experts};
 use crate::quant::BlockType;
@@ -216,6 +218,38 @@ impl Fit {
     pub fn tokens_per_second(&self, disk: f64, memory: f64) -> f64 {
         let active = (self.dense_bytes + self.active_bytes) as f64;
         1.0 / (self.read_bytes_per_token() / disk + active / memory)
+    }
+}
+
+impl fmt::Display for Fit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "memory      {:.2} GB: weights beside the experts {:.2}, keys and values {:.2}, scratch {:.2}, {:.2} left",
+            gb(self.memory),
+            gb(self.dense_bytes),
+            gb(self.kv_bytes),
+            gb(self.scratch_bytes),
+            gb(self.memory.saturating_sub(self.fixed_bytes()))
+        )?;
+        match &self.slots {
+            None => write!(
+                f,
+                "experts     all {} of them, {:.2} GB, fit: the file is mapped",
+                self.experts,
+                gb(self.expert_bytes)
+            ),
+            Some(slots) => write!(
+                f,
+                "experts     {} of {} in slots, {:.2} of {:.2} GB; a token needs {:.2} GB of them and reads {:.2} from disk",
+                slots.count(),
+                self.experts,
+                gb(slots.bytes()),
+                gb(self.expert_bytes),
+                gb(self.active_bytes),
+                self.read_bytes_per_token() / 1e9
+            ),
+        }
     }
 }
 

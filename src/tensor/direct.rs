@@ -10,11 +10,21 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use memmap2::MmapMut;
 
 use crate::gguf::Gguf;
 
 /// Unit of offsets, lengths and buffers. Disks have blocks of 512 or of 4096 bytes.
 pub const ALIGN: usize = 4096;
+
+/// Readers: enough to keep a queue at any disk.
+pub const READERS: usize = 4;
+/// Bytes of one read: several megabytes, as disks like them, and short enough that a needed read does not
+/// wait long for one that was begun on suspicion.
+pub const READ: usize = 4 << 20;
 
 /// Why bytes of a file cannot be had.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -131,6 +141,41 @@ impl Files {
         &self.files[file].0
     }
 
+    /// Bytes a second that come from the disk while several threads read pieces of several megabytes one
+    /// after the other, for about `time`, from the end of the first file backwards.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn speed(&self, time: Duration) -> Result<f64, Error> {
+        let (path, file) = &self.files[0];
+        let failed = |source| Error::Open {
+            file: path.clone(),
+            source: Arc::new(source),
+        };
+        let len = file.metadata().map_err(failed)?.len();
+        let pieces: Vec<_> = Piece::around(0, 0, len).cut(READ).collect();
+        let start = Instant::now();
+        let next = AtomicUsize::new(pieces.len());
+        let reader = || {
+            let mut buffer = MmapMut::map_anon(READ).map_err(failed)?;
+            let mut bytes = 0;
+            while start.elapsed() < time {
+                let turn = next.fetch_sub(1, Ordering::Relaxed).wrapping_sub(1);
+                let piece = pieces[turn % pieces.len()];
+                self.read(piece, &mut buffer)?;
+                bytes += piece.needed;
+            }
+            Ok(bytes)
+        };
+        let bytes: Result<Vec<usize>, Error> = std::thread::scope(|scope| {
+            let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(reader)).collect();
+            let join = |reader: std::thread::ScopedJoinHandle<'_, _>| reader.join();
+            let results = readers.into_iter().map(join);
+            results.map(|bytes| bytes.expect("no panic")).collect()
+        });
+        Ok(bytes?.into_iter().sum::<usize>() as f64 / start.elapsed().as_secs_f64())
+    }
+
     /// Reads `piece` into the beginning of `buffer`, which lies at a multiple of [`ALIGN`].
     ///
     /// # Errors
@@ -174,7 +219,7 @@ fn open_direct(path: &Path) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
     let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
     let file = File::options().read(true).custom_flags(flags).open(path)?;
-    let mut page = memmap2::MmapMut::map_anon(ALIGN)?;
+    let mut page = MmapMut::map_anon(ALIGN)?;
     read_at(&file, &mut page, 0)?;
     Ok(file)
 }
@@ -185,12 +230,12 @@ fn open_direct(_: &Path) -> io::Result<File> {
 }
 
 #[cfg(unix)]
-fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+pub(super) fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     std::os::unix::fs::FileExt::read_at(file, buffer, offset)
 }
 
 #[cfg(windows)]
-fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+pub(super) fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     std::os::windows::fs::FileExt::seek_read(file, buffer, offset)
 }
 
