@@ -294,7 +294,8 @@ mod tests {
     /// Three experts in turn and two slots: LRU always gives up the one that comes next.
     #[test]
     fn a_cycle_defeats_lru_and_not_the_best() {
-        let trace = trace(&[&[&[0], &[0], &[0]]; 10]);
+        let pass: &[&[usize]] = &[&[0], &[0], &[0]];
+        let trace = trace(&[pass; 10]);
         assert_eq!(rate(&trace, 2, "lru"), 0.0);
         // 27 needs after the first three; with two slots one of two is there at best, one more at the end.
         let best = rate(&trace, 2, "belady");
