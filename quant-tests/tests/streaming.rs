@@ -82,6 +82,9 @@ fn check(path: &Path, what: &str) {
         assert!(logits(&engine) == expected, "{what}, {more} slots more");
         let counters = cache.counters();
         assert!(counters.read_bytes > 0 && counters.needed > counters.hits);
+        // Guesses of what a trained router does are right more often than chance, 1 in 4.
+        let accuracy = counters.accuracy().expect("steps were made");
+        assert!(accuracy > 0.3, "{what}: {accuracy} of guesses were right");
     }
 }
 

@@ -441,10 +441,13 @@ impl Shared {
     /// A layer is visited: what was expected is compared with what is needed, and what is not needed is
     /// not read any further.
     fn compare(&self, table: &mut Table, layer: usize, active: &[usize]) {
-        let expected = std::mem::take(&mut table.expected);
-        if expected.layer == layer && !expected.certain {
-            let right = expected.experts.iter().filter(|e| active.contains(e));
-            table.counters.expected_right += right.count() as u64;
+        // What is expected of another layer stays so.
+        if table.expected.layer == layer {
+            let expected = std::mem::take(&mut table.expected);
+            if !expected.certain {
+                let right = expected.experts.iter().filter(|e| active.contains(e));
+                table.counters.expected_right += right.count() as u64;
+            }
         }
         let slots = &mut table.slots;
         let mut gone = Vec::new();
