@@ -7,11 +7,18 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::experts::trace::{Head, Trace};
+use crate::experts::{Cache, policy};
 use crate::gguf::{self, Gguf};
 use crate::kernels::{Kernels, Phase};
-use crate::model::{self, KvCache, KvKind, Model, Slot, State, forward, hidden_states};
-use crate::plan;
+use crate::model::{
+    self, KvCache, KvKind, Model, Placement, Routing, Slot, State, forward, hidden_states,
+};
+use crate::plan::fit::{Fit, TooLittle};
+use crate::plan::memory::Memory;
+use crate::plan::{self, Shape};
 use crate::quant::BlockType;
+use crate::tensor::direct;
 use crate::threads::{self, CpuSet, Pool};
 use crate::tokenizer::{self, Tokenizer};
 
@@ -21,6 +28,25 @@ pub enum Error {
     /// The file does not make a model.
     #[error(transparent)]
     Model(#[from] model::Error),
+    /// Weights cannot be read while the model runs.
+    #[error(transparent)]
+    Weights(#[from] direct::Error),
+    /// The model does not fit into the memory that it may take.
+    #[error("{}: {source}", file.display())]
+    TooLittle {
+        /// The file.
+        file: PathBuf,
+        /// What it needs.
+        source: TooLittle,
+    },
+    /// Memory cannot be locked.
+    #[error("{}: cannot lock the weights in memory: {source}; raise the limit (ulimit -l), or go without --mlock", file.display())]
+    Lock {
+        /// The file.
+        file: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
     /// The vocabulary in the file is unusable.
     #[error(transparent)]
     Tokenizer(#[from] tokenizer::Error),
@@ -137,6 +163,18 @@ pub enum ActivationMode {
     F32,
 }
 
+/// Where weights are put.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Loading {
+    /// In the mapped file, if all fit; else in memory of our own, with a cache of experts.
+    #[default]
+    Fitting,
+    /// In the mapped file, whether they fit or not.
+    Mapped,
+    /// In memory of our own, experts in a cache if not all fit.
+    Read,
+}
+
 /// How to load a model.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
@@ -151,6 +189,16 @@ pub struct Options {
     /// How keys and values are kept; `None` for the usual way ([`plan::Shape::kv_type`]), and f32 where all else
     /// is exact.
     pub kv: Option<KvKind>,
+    /// What the model may take. Where it takes more, experts are read from disk as they are needed.
+    pub memory: Memory,
+    /// Where the weights are put, within that memory.
+    pub loading: Loading,
+    /// Whether all that is in memory after loading is kept from being swapped or dropped.
+    pub lock: bool,
+    /// How experts are chosen.
+    pub routing: Routing,
+    /// Tokens of context to plan the memory for; `None` for the usual number, or fewer where those do not fit.
+    pub context: Option<usize>,
 }
 
 /// The threads that `options` ask for.
@@ -171,6 +219,45 @@ fn start_pool(options: &Options) -> Result<Pool, Error> {
     })
 }
 
+/// What goes where in the memory that `options` allow; `None` where nobody said how much that is, and the
+/// system does not say either or leaves too little: the file is then mapped, and the system does what it can.
+fn fit(gguf: &Gguf, options: &Options) -> Result<Option<Fit>, Error> {
+    let Some(memory) = options.memory.bytes() else {
+        return Ok(None);
+    };
+    if options.loading == Loading::Mapped {
+        return Ok(None);
+    }
+    let shape = Shape::from_metadata(&gguf.metadata)?;
+    let is_exact = |tensor: &gguf::TensorInfo| tensor.kind == BlockType::F32;
+    let exact = options.activations == ActivationMode::F32 || gguf.tensors.iter().all(is_exact);
+    let kv = match options.kv {
+        Some(kv) => kv.block_type(),
+        None if exact => BlockType::F32,
+        None => shape.kv_type(),
+    };
+    match Fit::new(&shape, &gguf.tensors, memory, options.context, kv) {
+        Ok(fit) => Ok(Some(fit)),
+        Err(_) if options.memory == Memory::Auto => Ok(None),
+        Err(source) => {
+            let file = gguf.files[0].clone();
+            Err(Error::TooLittle { file, source })
+        }
+    }
+}
+
+/// Keeps everything that the process has in memory there.
+#[cfg(target_os = "linux")]
+fn lock_memory() -> std::io::Result<()> {
+    rustix::mm::mlockall(rustix::mm::MlockAllFlags::CURRENT)?;
+    Ok(())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn lock_memory() -> std::io::Result<()> {
+    Err(std::io::Error::other("there is a way on Linux only"))
+}
+
 /// A loaded, shareable model.
 pub struct Engine {
     path: PathBuf,
@@ -183,6 +270,8 @@ pub struct Engine {
     batch: usize,
     /// How sessions keep keys and values.
     kv: KvKind,
+    /// What goes where.
+    fit: Option<Fit>,
     state: Mutex<State>,
 }
 
@@ -208,7 +297,20 @@ impl Engine {
             ActivationMode::F32 => kernels.exact(),
         };
         let gguf = gguf::read(path)?;
-        let model = Model::open(&gguf)?;
+        let fit = fit(&gguf, options)?;
+        let placement = match fit.as_ref().and_then(|fit| fit.slots.as_ref()) {
+            Some(slots) => Placement::Cached(slots, policy::Kind::default()),
+            None if options.loading == Loading::Read => Placement::Read,
+            None => Placement::Mapped,
+        };
+        let mut model = Model::open(&gguf, placement)?;
+        model.routing = options.routing;
+        if options.lock {
+            lock_memory().map_err(|source| Error::Lock {
+                file: path.to_owned(),
+                source,
+            })?;
+        }
         let tokenizer = Tokenizer::from_metadata(&gguf.metadata)?;
         let (tokens, rows) = (tokenizer.vocab_len(), model.config.shape.vocab);
         if tokens != rows {
@@ -243,6 +345,7 @@ impl Engine {
             pool,
             batch,
             kv,
+            fit,
             state: Mutex::new(state),
         }))
     }
@@ -265,6 +368,39 @@ impl Engine {
     /// Extents of the graph.
     pub fn shape(&self) -> &plan::Shape {
         &self.model.config.shape
+    }
+
+    /// What goes where in the memory that the model may take; `None` where that is not known.
+    pub fn fit(&self) -> Option<&Fit> {
+        self.fit.as_ref()
+    }
+
+    /// The cache of experts, where not all of them are in memory.
+    pub fn expert_cache(&self) -> Option<&Cache> {
+        self.model.weights.experts.cache()
+    }
+
+    /// From now on routing is recorded.
+    pub fn start_trace(&self) {
+        let layers = self.model.weights.experts.layer_bytes();
+        self.lock().trace = Some(Trace::new(Head {
+            experts: self.shape().experts,
+            expert_bytes: layers,
+        }));
+    }
+
+    /// What was recorded since [`start_trace`](Self::start_trace); nothing is any more.
+    pub fn take_trace(&self) -> Option<Trace> {
+        self.lock().trace.take()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How experts are chosen.
+    pub fn routing(&self) -> Routing {
+        self.model.routing
     }
 
     /// The vocabulary.
@@ -345,7 +481,16 @@ impl Engine {
             if slots.is_empty() {
                 return results;
             }
-            let state = self.forward(Phase::Generate, slots);
+            let state = match self.forward(Phase::Generate, slots) {
+                Ok(state) => state,
+                Err(error) => {
+                    for (index, _) in parts {
+                        turns[index].session.rewind(starts[index]);
+                        results[index] = Err(error.clone().into());
+                    }
+                    continue;
+                }
+            };
             let mut rest = &state.logits[..];
             for (index, part) in parts {
                 let (logits, others) = rest.split_at(part.len() * self.shape().vocab);
@@ -366,8 +511,12 @@ impl Engine {
     }
 
     /// One forward pass; the guard gives access to the logits.
-    fn forward(&self, phase: Phase, slots: Vec<Slot<'_>>) -> MutexGuard<'_, State> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+    fn forward(
+        &self,
+        phase: Phase,
+        slots: Vec<Slot<'_>>,
+    ) -> Result<MutexGuard<'_, State>, direct::Error> {
+        let mut state = self.lock();
         forward(
             &self.model,
             &self.pool,
@@ -375,8 +524,8 @@ impl Engine {
             phase,
             &mut state,
             slots,
-        );
-        state
+        )?;
+        Ok(state)
     }
 }
 
@@ -490,7 +639,14 @@ impl Session {
                 tokens: part,
                 logits_from,
             };
-            let state = engine.forward(Phase::Prompt, vec![slot]);
+            let state = match engine.forward(Phase::Prompt, vec![slot]) {
+                Ok(state) => state,
+                Err(error) => {
+                    self.rewind(before);
+                    self.logits.clear();
+                    return Err(error.into());
+                }
+            };
             if let Err(error) = self.check_logits(logits_from, &state.logits) {
                 self.rewind(before);
                 self.logits.clear();
@@ -522,6 +678,7 @@ impl Session {
         self.check(tokens)?;
         let engine = Arc::clone(&self.engine);
         self.logits.clear();
+        let before = self.tokens.len();
         let mut start = 0;
         for part in tokens.chunks(engine.batch) {
             let slot = Slot {
@@ -530,6 +687,7 @@ impl Session {
                 logits_from: part.len(),
             };
             let state = engine.forward(Phase::Prompt, vec![slot]);
+            let state = state.inspect_err(|_| self.rewind(before))?;
             self.tokens.extend_from_slice(part);
             let (model, kernels) = (&engine.model, &engine.kernels);
             hidden_states(model, kernels, &state, part.len(), |t, hidden| {

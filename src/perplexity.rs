@@ -13,6 +13,7 @@
 use std::ops::Range;
 
 use crate::engine::{Error, Session};
+use crate::model::Routing;
 use crate::plan::PROMPT_BATCH;
 use crate::threads::Pool;
 use crate::tokenizer::{self, Tokenizer};
@@ -171,12 +172,22 @@ pub fn score<'a>(
     let vocab = session.engine().shape().vocab;
     let mut logits = Vec::with_capacity(scored.len() * vocab);
     let tokens = &chunks.tokens(chunk)[part.clone()];
-    // The last position's logits come unasked.
-    session.score(tokens, scored.start - part.start, |position, row| {
-        if scored.contains(&(part.start + position)) {
-            logits.extend_from_slice(row);
+    // What routing by the cache costs shows only where tokens are generated.
+    if session.engine().routing() == Routing::Exact {
+        // The last position's logits come unasked.
+        session.score(tokens, scored.start - part.start, |position, row| {
+            if scored.contains(&(part.start + position)) {
+                logits.extend_from_slice(row);
+            }
+        })?;
+    } else {
+        for (position, &token) in (part.start..).zip(tokens) {
+            let row = session.step(token)?;
+            if scored.contains(&position) {
+                logits.extend_from_slice(row);
+            }
         }
-    })?;
+    }
     let targets = match scored.is_empty() {
         true => &[],
         false => chunks.targets(chunk, scored),

@@ -3,6 +3,9 @@
 //! Nothing here needs a file: the runtime plans from a GGUF file's tensor table, the converter
 //! from the one that it is going to write.
 
+pub mod fit;
+pub mod memory;
+
 use std::fmt;
 
 use crate::gguf::names::{self, Experts};
@@ -14,6 +17,10 @@ pub const ARCHITECTURE: &str = "llama";
 
 /// Tokens of a prompt that are taken through the layers at once; scratch is sized for it.
 pub const PROMPT_BATCH: usize = 512;
+
+/// What scratch may take: a model so wide that [`PROMPT_BATCH`] tokens need more gets fewer at once. No
+/// model of the family comes near.
+pub const SCRATCH_LIMIT: u64 = 768 << 20;
 
 /// A model's extents. All are at least 1 and bounded, so that products of a few of them
 /// with a context fit into `u64`.

@@ -1,14 +1,21 @@
-//! A mapped file's tensors as typed rows.
+//! A file's tensors as typed rows.
 //!
-//! The file is mapped once, read-only, and never copied: a [`Matrix`] is a type, two extents
-//! and a range of mapped bytes, and kernels read its rows as they lie.
+//! A [`Matrix`] is a type, two extents and a range of bytes, and kernels read its rows as they lie.
+//! The bytes are those of the file, mapped read-only and never copied; or, where a model is kept
+//! to less memory than it takes, a copy that was read past the page cache ([`direct`]).
+
+pub mod direct;
+pub mod fault;
+pub mod warm;
 
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
+
+use direct::{Files, Piece};
 
 use crate::gguf::{Gguf, TensorInfo};
 use crate::quant::BlockType;
@@ -36,6 +43,78 @@ pub enum Error {
         /// The mapped length in bytes.
         len: u64,
     },
+    /// There is no memory for a copy of the weights.
+    #[error("{}: no memory for {:.2} GB of weights: {source}; give a smaller --memory, or --mmap", file.display(), *bytes as f64 / 1e9)]
+    NoRoom {
+        /// The file.
+        file: PathBuf,
+        /// Bytes asked for.
+        bytes: u64,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The file cannot be read.
+    #[error(transparent)]
+    Read(#[from] direct::Error),
+}
+
+/// Where a matrix lies in a model's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Type of the rows.
+    pub kind: BlockType,
+    /// Number of rows.
+    pub rows: usize,
+    /// Weights in a row.
+    pub cols: usize,
+    /// Bytes in a row.
+    pub stride: usize,
+    /// The file among [`Gguf::files`].
+    pub file: usize,
+    /// Byte of the file at which it begins.
+    pub offset: u64,
+}
+
+impl Extent {
+    /// The tensor's `shape[2]` matrices (one for a tensor of up to two extents), each of
+    /// `shape[1]` rows of `shape[0]` columns.
+    pub fn all(tensor: &TensorInfo) -> Vec<Self> {
+        let extent = |axis: usize| tensor.shape.get(axis).copied().unwrap_or(1);
+        let (cols, rows) = (extent(0), extent(1));
+        let stride = tensor
+            .kind
+            .row_bytes(cols)
+            .expect("the reader has checked that blocks fill the rows");
+        (0..extent(2) * extent(3))
+            .map(|index| Self {
+                kind: tensor.kind,
+                rows,
+                cols,
+                stride,
+                file: tensor.file,
+                offset: tensor.offset + (index * rows * stride) as u64,
+            })
+            .collect()
+    }
+
+    /// Bytes that the matrix takes.
+    pub fn bytes(&self) -> usize {
+        self.rows * self.stride
+    }
+
+    /// The rows that `bytes` hold.
+    ///
+    /// # Panics
+    /// If `bytes` are not as many as the matrix takes.
+    pub fn rows_in<'a>(&self, bytes: &'a [u8]) -> Rows<'a> {
+        assert_eq!(bytes.len(), self.bytes());
+        Rows {
+            kind: self.kind,
+            cols: self.cols,
+            stride: self.stride,
+            bytes,
+        }
+    }
 }
 
 /// The mapped bytes of a GGUF file and its splits.
@@ -69,31 +148,36 @@ impl Mapped {
         Ok(Self { maps })
     }
 
-    /// The tensor's `shape[2]` matrices (one for a tensor of up to two extents), each of
-    /// `shape[1]` rows of `shape[0]` columns.
-    pub fn matrices(&self, tensor: &TensorInfo) -> Vec<Matrix> {
-        let extent = |axis: usize| tensor.shape.get(axis).copied().unwrap_or(1);
-        let (cols, rows) = (extent(0), extent(1));
-        let stride = tensor
-            .kind
-            .row_bytes(cols)
-            .expect("the reader has checked that blocks fill the rows");
-        let size = rows * stride;
-        (0..extent(2) * extent(3))
-            .map(|index| {
-                let start = tensor.offset as usize + index * size;
-                let map = Arc::clone(&self.maps[tensor.file]);
-                Matrix {
-                    kind: tensor.kind,
-                    rows,
-                    cols,
-                    stride,
-                    map,
-                    range: start..start + size,
-                }
-            })
-            .collect()
+    /// The matrix that lies there.
+    pub fn matrix(&self, extent: Extent) -> Matrix {
+        let start = extent.offset as usize;
+        Matrix {
+            extent,
+            range: start..start + extent.bytes(),
+            memory: Memory::Mapped(Arc::clone(&self.maps[extent.file])),
+        }
     }
+}
+
+/// Reads the matrix that lies there into memory of its own.
+///
+/// # Errors
+/// When it cannot be read, or there is no memory for it.
+pub fn read(files: &Files, extent: Extent) -> Result<Matrix, Error> {
+    let (len, file) = (extent.bytes(), files.path(extent.file));
+    let piece = Piece::around(extent.file, extent.offset, len as u64);
+    let mut memory = MmapMut::map_anon(piece.len).map_err(|source| Error::NoRoom {
+        file: file.to_owned(),
+        bytes: piece.len as u64,
+        source,
+    })?;
+    files.read(piece, &mut memory)?;
+    let start = (extent.offset - piece.offset) as usize;
+    Ok(Matrix {
+        extent,
+        range: start..start + len,
+        memory: Memory::Own(Arc::new(memory)),
+    })
 }
 
 fn map(path: &Path) -> Result<Arc<Mmap>, Error> {
@@ -110,39 +194,45 @@ fn map(path: &Path) -> Result<Arc<Mmap>, Error> {
     Ok(Arc::new(map))
 }
 
-/// `rows` rows of `cols` weights as they lie in the file.
+/// Rows of weights as they lie in the file.
 #[derive(Clone)]
 pub struct Matrix {
-    /// Type of the rows.
-    pub kind: BlockType,
-    /// Number of rows (a linear layer's outputs).
-    pub rows: usize,
-    /// Weights in a row (a linear layer's inputs).
-    pub cols: usize,
-    stride: usize,
-    map: Arc<Mmap>,
+    extent: Extent,
     range: Range<usize>,
+    memory: Memory,
+}
+
+/// What a matrix is a part of.
+#[derive(Clone)]
+enum Memory {
+    Mapped(Arc<Mmap>),
+    Own(Arc<MmapMut>),
 }
 
 impl Matrix {
+    /// Type, rows, columns, and where they lie.
+    pub fn extent(&self) -> &Extent {
+        &self.extent
+    }
+
+    /// Number of rows (a linear layer's outputs).
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.extent.rows
+    }
+
     /// All rows.
     pub fn all(&self) -> Rows<'_> {
-        Rows {
-            kind: self.kind,
-            cols: self.cols,
-            stride: self.stride,
-            bytes: &self.map[self.range.clone()],
-        }
+        let memory: &[u8] = match &self.memory {
+            Memory::Mapped(map) => map,
+            Memory::Own(memory) => memory,
+        };
+        self.extent.rows_in(&memory[self.range.clone()])
     }
 
     /// The rows of `range`.
     pub fn rows(&self, range: Range<usize>) -> Rows<'_> {
         self.all().slice(range)
-    }
-
-    /// Bytes that the matrix takes.
-    pub fn bytes(&self) -> usize {
-        self.range.len()
     }
 }
 

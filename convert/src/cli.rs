@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use fewbit::plan::memory::Memory;
 use fewbit::quant::BlockType;
 use indicatif::{ProgressBar, ProgressStyle};
 use regex::Regex;
@@ -88,6 +89,9 @@ struct ConvertArgs {
         requires = "dry_run"
     )]
     ctx: usize,
+    /// Memory that --dry-run plans to run the file in, such as 12GiB
+    #[arg(long, value_name = "SIZE", requires = "dry_run")]
+    memory: Option<Memory>,
     /// Print one JSON object on stdout instead of the summary
     #[arg(long)]
     json: bool,
@@ -165,7 +169,12 @@ fn run_convert(args: &ConvertArgs) -> Result<()> {
 }
 
 fn dry_run(args: &ConvertArgs, options: &Options) -> Result<()> {
-    let run = DryRun::new(&args.checkpoint, options, args.ctx)?;
+    let run = DryRun::new(
+        &args.checkpoint,
+        options,
+        args.ctx,
+        args.memory.and_then(Memory::bytes),
+    )?;
     if args.json {
         if let Some(caveat) = run.caveat() {
             eprintln!("fewbit-convert: file_bytes is {caveat}");

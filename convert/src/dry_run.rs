@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use fewbit::gguf::TensorDecl;
 use fewbit::plan::Group;
+use fewbit::plan::fit::{Fit, TooLittle};
 use fewbit::quant::BlockType;
 use serde_json::json;
 
@@ -30,6 +31,8 @@ pub struct DryRun {
     path: PathBuf,
     mix: Mix,
     ctx: usize,
+    /// What goes where in the memory asked for.
+    fit: Option<std::result::Result<Fit, TooLittle>>,
     tensors: Vec<TensorDecl>,
     plan: Plan,
     /// Whether the file's length leaves out a tokenizer that is not there yet.
@@ -38,11 +41,11 @@ pub struct DryRun {
 
 impl DryRun {
     /// Plans the conversion of `input`, a checkpoint's folder (its configuration is enough) or a GGUF file, and
-    /// running its result with a context of `ctx` tokens.
+    /// running its result with a context of `ctx` tokens, in `memory` bytes if there are so many to say.
     ///
     /// # Errors
     /// As in the conversion, where what is there does not fit together.
-    pub fn new(input: &Path, options: &Options, ctx: usize) -> Result<Self> {
+    pub fn new(input: &Path, options: &Options, ctx: usize, memory: Option<u64>) -> Result<Self> {
         let (mut checkpoint, without_tokenizer) = if input.is_dir() && !has_weights(input)? {
             from_config(input)?
         } else {
@@ -62,10 +65,15 @@ impl DryRun {
             .zip(&plan.kinds)
             .map(|(Tensor { name, shape, .. }, &kind)| TensorDecl { name, kind, shape })
             .collect();
+        let fit = memory.map(|memory| {
+            let shape = &plan.shape;
+            Fit::new(shape, &tensors, memory, Some(ctx), shape.kv_type())
+        });
         Ok(Self {
             path: input.to_owned(),
             mix: options.mix,
             ctx,
+            fit,
             tensors,
             plan,
             without_tokenizer,
@@ -100,7 +108,19 @@ impl DryRun {
                 "bytes": self.plan.layout.tensor_bytes(index),
             })
         };
+        let fit = self.fit.as_ref().and_then(|fit| fit.as_ref().ok());
+        let plan = fit.map(|fit| {
+            json!({
+                "memory_bytes": fit.memory,
+                "resident_bytes": fit.fixed_bytes(),
+                "kv_bytes": fit.kv_bytes,
+                "slots": fit.slot_count(),
+                "experts": fit.experts,
+                "read_bytes_per_token": fit.read_bytes_per_token(),
+            })
+        });
         json!({
+            "plan": plan,
             "params_total": self.plan.sizes.params_total(),
             "params_active": self.plan.sizes.params_active(),
             "file_bytes": self.file_bytes(),
@@ -172,6 +192,11 @@ impl fmt::Display for DryRun {
         }
         for line in self.plan.fallback_lines() {
             write!(f, "\n{line}")?;
+        }
+        match &self.fit {
+            None => {}
+            Some(Ok(fit)) => write!(f, "\n{fit}")?,
+            Some(Err(little)) => write!(f, "\nmemory      {little}")?,
         }
         if let Some(caveat) = self.caveat() {
             write!(f, "\nfile: {caveat}")?;

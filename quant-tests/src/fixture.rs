@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fewbit::engine::{Engine, Options};
-use fewbit::gguf::{self, Gguf, Metadata, TensorDecl};
+use fewbit::gguf::{self, Gguf, Metadata, TensorDecl, names};
 use fewbit_convert::{Options as Conversion, convert};
 use tempfile::TempDir;
 
@@ -92,6 +92,28 @@ impl Parts {
     pub fn tensor(&mut self, name: &str) -> &mut (TensorDecl, Vec<u8>) {
         let found = self.tensors.iter_mut().find(|(decl, _)| decl.name == name);
         found.unwrap_or_else(|| panic!("no tensor {name}"))
+    }
+
+    /// The same with one tensor an expert, as in files from before April 2024.
+    pub fn per_expert(mut self) -> Self {
+        let split = |(decl, bytes): (TensorDecl, Vec<u8>)| {
+            let name = names::parse(&decl.name);
+            let Some(name) = name.filter(|name| name.experts == names::Experts::All) else {
+                return vec![(decl, bytes)];
+            };
+            let size = bytes.len() / decl.shape[2];
+            let expert = |(index, bytes): (usize, &[u8])| {
+                let decl = TensorDecl {
+                    name: names::expert(name.layer, name.part, index),
+                    kind: decl.kind,
+                    shape: decl.shape[..2].to_vec(),
+                };
+                (decl, bytes.to_vec())
+            };
+            bytes.chunks(size).enumerate().map(expert).collect()
+        };
+        self.tensors = self.tensors.into_iter().flat_map(split).collect();
+        self
     }
 
     /// Writes the model to a file of its own.

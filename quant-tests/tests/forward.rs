@@ -6,7 +6,7 @@ use std::sync::Arc;
 use fewbit::engine::{ActivationMode, Engine, Options, Session};
 use fewbit::gguf::{self, TensorDecl, Value, names};
 use fewbit::kernels::{Kernels, Phase};
-use fewbit::model::{KvCache, KvKind, Model, Slot, State, forward};
+use fewbit::model::{KvCache, KvKind, Model, Placement, Slot, State, forward};
 use fewbit::quant::BlockType;
 use fewbit::threads::Pool;
 use quant_tests::fixture::{self, LANGUAGES, Parts};
@@ -140,28 +140,7 @@ fn a_rewound_session_goes_on_as_a_new_one() {
 #[test]
 fn one_tensor_an_expert_is_the_same_model() {
     let merged = fixture::tiny_mixtral("Q5_K_M");
-    let mut parts = Parts::read(&merged.path);
-    parts.tensors = parts
-        .tensors
-        .into_iter()
-        .flat_map(|(decl, bytes)| {
-            let Some(name) =
-                names::parse(&decl.name).filter(|name| name.experts == names::Experts::All)
-            else {
-                return vec![(decl, bytes)];
-            };
-            let size = bytes.len() / decl.shape[2];
-            let expert = |(index, bytes): (usize, &[u8])| {
-                let decl = TensorDecl {
-                    name: names::expert(name.layer, name.part, index),
-                    kind: decl.kind,
-                    shape: decl.shape[..2].to_vec(),
-                };
-                (decl, bytes.to_vec())
-            };
-            bytes.chunks(size).enumerate().map(expert).collect()
-        })
-        .collect();
+    let parts = Parts::read(&merged.path).per_expert();
     let (merged, old) = (
         merged.load(&Options::default()),
         parts.write().load(&Options::default()),
@@ -372,7 +351,7 @@ fn what_does_not_fit_is_refused_and_leaves_the_session_as_it_was() {
 fn a_batch_of_several_timelines_changes_no_bit() {
     let file = fixture::tiny_mixtral("Q4_K_M");
     let gguf = gguf::read(&file.path).unwrap();
-    let model = Model::open(&gguf).unwrap();
+    let model = Model::open(&gguf, Placement::Mapped).unwrap();
     let engine = file.load(&Options::default());
     let (pool, kernels) = (Pool::new(2).unwrap(), Kernels::best());
     let vocab = engine.shape().vocab;
@@ -409,7 +388,8 @@ fn a_batch_of_several_timelines_changes_no_bit() {
             Phase::Prompt,
             &mut state,
             slots.collect(),
-        );
+        )
+        .unwrap();
         let mut together = state.logits.chunks_exact(vocab);
         for ((prompt, tokens), before) in prompts.iter().zip(&tokens).zip(before) {
             let whole = if before == 0 {

@@ -88,7 +88,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         )?),
         false => None,
     };
-    let engine = args.model.load()?;
+    let context = args.tests().into_iter().map(Test::context).max();
+    let engine = args.model.load(context)?;
     let shape = engine.shape();
     let sizes = Sizes::of(shape.experts, shape.experts_used, &engine.gguf().tensors);
     let before = Limits::measure(engine.pool());

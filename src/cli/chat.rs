@@ -9,12 +9,15 @@ use std::time::Instant;
 
 use anyhow::Context;
 
-use super::common::{ModelArgs, STDOUT, at_least, context_of, file_stem, note, speed, style};
+use super::common::{
+    CacheUse, ModelArgs, STDOUT, at_least, context_of, file_stem, note, speed, style,
+};
 use super::one_line;
 use super::sampling::SamplingArgs;
 use crate::answer::Answer;
 use crate::chat::{Message, Style, Template};
 use crate::engine::{self, Engine, Session};
+use crate::experts::Cache;
 use crate::generation::Generation;
 use crate::plan::PROMPT_BATCH;
 use crate::sampler::Sampler;
@@ -57,7 +60,7 @@ Ctrl-C   stops an answer";
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let engine = args.model.load()?;
+    let engine = args.model.load(args.ctx)?;
     let mut input = Input::new()?;
     let at_terminal = input.is_terminal();
     let interrupt = Interrupt::install(!at_terminal)?;
@@ -180,6 +183,8 @@ impl Chat {
         let room = self.session.capacity() - prompt.len();
         let mut out = io::stdout().lock();
         let mut text = Answer::to(&prompt, &self.lead, tokenizer);
+        let before = engine.expert_cache().map(Cache::counters);
+        let fed_before = self.session.tokens().len();
         let mut answer = String::new();
         let mut written = 0;
         let start = Instant::now();
@@ -206,8 +211,10 @@ impl Chat {
             let capacity = self.session.capacity();
             let speed = speed.map_or(String::new(), |speed| format!(", {speed:.1} tok/s"));
             let full = if full { " (full: /reset)" } else { "" };
+            let cache = CacheUse::since(&engine, before, used - fed_before);
+            let cache = cache.map_or(String::new(), |cache| format!("; {cache}"));
             note(format_args!(
-                "\x1b[2m[{read} tokens read, {written} written{speed}; context {used} of {capacity}{full}]\x1b[0m"
+                "\x1b[2m[{read} tokens read, {written} written{speed}{cache}; context {used} of {capacity}{full}]\x1b[0m"
             ));
         } else if full {
             note("fewbit: the answer is cut: the context is full; raise --ctx");

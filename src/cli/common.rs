@@ -12,12 +12,16 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
 use crate::chat::Style;
-use crate::engine::{self, ActivationMode, Engine, Options};
+use crate::engine::{self, ActivationMode, Engine, Loading, Options};
+use crate::experts::{Cache, Counters};
 use crate::gguf::Gguf;
 use crate::kernels::Kernels;
-use crate::model::KvKind;
+use crate::model::{KvKind, Routing};
 use crate::perplexity::{Chunks, Estimate};
+use crate::plan::fit::usual_context;
+use crate::plan::memory::Memory;
 use crate::quant::BlockType;
+use crate::tensor::{fault, warm};
 use crate::threads::CpuSet;
 use crate::tokenizer::Tokenizer;
 
@@ -63,6 +67,32 @@ pub struct EngineArgs {
     /// How keys and values of the context are kept [default: f16; f32 where all else is exact]
     #[arg(long, value_enum, value_name = "TYPE")]
     kv: Option<Kv>,
+    /// Memory that the model may take, such as 12GiB: where it needs more, experts are read from disk as they
+    /// are needed; auto is what the system has to spare
+    #[arg(long, value_name = "SIZE", default_value_t = Memory::Auto)]
+    memory: Memory,
+    /// Map the file even if it does not fit into memory
+    #[arg(long, conflicts_with = "no_mmap")]
+    mmap: bool,
+    /// Read the weights into memory of the program's own instead of mapping the file
+    #[arg(long)]
+    no_mmap: bool,
+    /// Keep the weights from being swapped out or dropped
+    #[arg(long)]
+    mlock: bool,
+    /// How experts are chosen where some have to be read from disk: exact, or cached:SHARE (cached:0.1, say), which prefers
+    /// one that is in memory if its score is lower by no more than that share of their spread; faster, other results
+    #[arg(long, value_name = "HOW", default_value = "exact", value_parser = routing)]
+    routing: Routing,
+}
+
+fn routing(text: &str) -> Result<Routing, String> {
+    let share = || text.strip_prefix("cached:")?.parse::<f32>().ok();
+    match (text, share()) {
+        ("exact", _) => Ok(Routing::Exact),
+        (_, Some(share)) if (0.0..=1.0).contains(&share) => Ok(Routing::Cached(share)),
+        _ => Err("must be exact, or cached: and a share from 0 to 1".to_owned()),
+    }
 }
 
 /// Wrong usage that shows only after the arguments are parsed: the command exits with 2.
@@ -126,30 +156,31 @@ impl ModelArgs {
         &self.model
     }
 
-    /// Loads the model.
-    pub fn load(&self) -> Result<Arc<Engine>, engine::Error> {
-        self.engine.load(&self.model)
+    /// Loads the model, to be run with a context of so many tokens (or the usual number).
+    pub fn load(&self, context: Option<usize>) -> Result<Arc<Engine>, engine::Error> {
+        self.engine.load(&self.model, context)
     }
 }
 
 impl EngineArgs {
-    /// Loads the model in `path`.
-    pub fn load(&self, path: &Path) -> Result<Arc<Engine>, engine::Error> {
+    /// Loads the model in `path`, to be run with a context of so many tokens (or the usual number).
+    pub fn load(&self, path: &Path, context: Option<usize>) -> Result<Arc<Engine>, engine::Error> {
         let activations = match self.activations {
             Activations::Int8 => ActivationMode::Int8,
             Activations::F32 => ActivationMode::F32,
         };
-        self.load_with(path, activations, self.kv.map(KvKind::from))
+        self.load_with(path, context, activations, self.kv.map(KvKind::from))
     }
 
     /// Loads the model that others are measured against: it runs exactly, whatever it holds.
-    pub fn load_base(&self, path: &Path) -> Result<Arc<Engine>, engine::Error> {
-        self.load_with(path, ActivationMode::F32, None)
+    pub fn load_base(&self, path: &Path, context: usize) -> Result<Arc<Engine>, engine::Error> {
+        self.load_with(path, Some(context), ActivationMode::F32, None)
     }
 
     fn load_with(
         &self,
         path: &Path,
+        context: Option<usize>,
         activations: ActivationMode,
         kv: Option<KvKind>,
     ) -> Result<Arc<Engine>, engine::Error> {
@@ -159,19 +190,110 @@ impl EngineArgs {
             kernels: self.kernels.clone(),
             activations,
             kv,
+            memory: self.memory,
+            loading: match (self.mmap, self.no_mmap) {
+                (true, _) => Loading::Mapped,
+                (_, true) => Loading::Read,
+                _ => Loading::Fitting,
+            },
+            lock: self.mlock,
+            routing: self.routing,
+            context,
         };
-        Engine::load(path, &options)
+        fault::explain();
+        let engine = Engine::load(path, &options)?;
+        let cache = engine.expert_cache();
+        let fits = engine.fit().is_some() && cache.is_none();
+        if fits && options.loading == Loading::Fitting {
+            bring_in(&engine);
+        }
+        if let Some(fit) = engine
+            .fit()
+            .filter(|_| cache.is_some() || self.memory != Memory::Auto)
+        {
+            note(fit);
+        }
+        if let Some(reason) = cache.and_then(Cache::buffered_because) {
+            note(format_args!(
+                "fewbit: reads go through the page cache: {reason}"
+            ));
+        }
+        if engine.fit().is_none() && !self.mmap && self.memory == Memory::Auto {
+            note(
+                "fewbit: warning: the model does not fit into memory, even with experts on disk: it is mapped, and slow",
+            );
+        }
+        Ok(engine)
     }
 }
 
-/// Tokens of context where nobody asks for more or less, and the model was trained for as many.
-const USUAL_CONTEXT: usize = 4096;
+/// Reads a mapped file that is not in memory, with a progress bar. Small ones come in fast enough by themselves.
+fn bring_in(engine: &Engine) {
+    const SMALL: u64 = 256 << 20;
+    let bytes = engine
+        .gguf()
+        .tensors
+        .iter()
+        .map(|tensor| tensor.bytes)
+        .sum();
+    if bytes < SMALL {
+        return;
+    }
+    let bar = progress(bytes, "reading {wide_bar} {bytes}/{total_bytes} {eta}");
+    warm::warm(&engine.gguf().files, &|read| bar.inc(read));
+}
+
+/// What a cache of experts did while tokens were generated.
+pub struct CacheUse {
+    counters: Counters,
+    tokens: usize,
+}
+
+impl CacheUse {
+    /// What `engine`'s cache, if it has one, did for `tokens` tokens since it had counted `before`.
+    pub fn since(engine: &Engine, before: Option<Counters>, tokens: usize) -> Option<Self> {
+        let counters = engine.expert_cache()?.counters() - before?;
+        Some(Self { counters, tokens })
+    }
+
+    fn read_bytes_per_token(&self) -> Option<f64> {
+        (self.tokens > 0).then(|| self.counters.read_bytes as f64 / self.tokens as f64)
+    }
+
+    /// As `fewbit run --json` shows it.
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "hit_rate": self.counters.hit_rate(),
+            "read_bytes_per_token": self.read_bytes_per_token(),
+            "wait_s": self.counters.waited.as_secs_f64(),
+            "prefetch_accuracy": self.counters.accuracy(),
+        })
+    }
+}
+
+impl Display for CacheUse {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let percent = |share: Option<f64>| 100.0 * share.unwrap_or(f64::NAN);
+        write!(
+            f,
+            "{} % of experts in memory, {} a token from disk, {:.1} s waited, {} % guessed right",
+            figure(percent(self.counters.hit_rate()), 0),
+            bytes(self.read_bytes_per_token().unwrap_or(0.0) as u64),
+            self.counters.waited.as_secs_f64(),
+            figure(percent(self.counters.accuracy()), 0)
+        )
+    }
+}
 
 /// The context to run `engine` with: what was asked for, with a warning if the model was not
 /// trained for as much.
 pub fn context_of(engine: &Engine, asked: Option<usize>) -> usize {
     let trained = engine.shape().context;
-    let context = asked.unwrap_or(USUAL_CONTEXT.min(trained));
+    let usual = || {
+        let planned = engine.fit().map(|fit| fit.context);
+        planned.unwrap_or_else(|| usual_context(engine.shape()))
+    };
+    let context = asked.unwrap_or_else(usual);
     if context > trained {
         note(format_args!(
             "fewbit: warning: --ctx {context} is more than the {trained} tokens that the model was trained for"

@@ -58,12 +58,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let base = args
         .base
         .as_deref()
-        .map(|path| args.engine.load_base(path))
+        .map(|path| args.engine.load_base(path, args.ctx))
         .transpose()?;
     let models = args
         .models
         .iter()
-        .map(|path| args.engine.load(path))
+        .map(|path| args.engine.load(path, Some(args.ctx)))
         .collect::<Result<Vec<_>, _>>()?;
     for model in &models {
         check_base(base.as_ref().unwrap_or(&models[0]), model)?;

@@ -3,9 +3,11 @@
 mod bench;
 mod chat;
 mod common;
+mod experts;
 mod inspect;
 mod ladder;
 mod perplexity;
+mod plan;
 mod run;
 mod sampling;
 #[cfg(feature = "serve")]
@@ -53,6 +55,10 @@ enum Command {
     Ladder(ladder::Args),
     /// What a GGUF file holds: metadata, tensors, parameters
     Inspect(inspect::Args),
+    /// What goes where in so much memory, and the speed to expect
+    Plan(plan::Args),
+    /// What a cache of experts makes of recorded routing
+    Experts(experts::Args),
     /// Prompt and decode speed, with the machine's limits beside them
     Bench(bench::Args),
 }
@@ -68,6 +74,8 @@ pub fn main() -> ExitCode {
         Command::Perplexity(args) => perplexity::run(args),
         Command::Ladder(args) => ladder::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::Experts(args) => experts::run(args),
         Command::Bench(args) => bench::run(args),
     };
     match result {

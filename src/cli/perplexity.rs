@@ -36,11 +36,11 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let engine = args.model.load()?;
+    let engine = args.model.load(Some(args.ctx))?;
     let base = args
         .base
         .as_deref()
-        .map(|path| args.model.engine.load_base(path))
+        .map(|path| args.model.engine.load_base(path, args.ctx))
         .transpose()?;
     if let Some(base) = &base {
         check_base(base, &engine)?;

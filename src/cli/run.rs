@@ -1,16 +1,18 @@
 //! `fewbit run`: complete a prompt.
 
 use std::io::{IsTerminal, Read, Write};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
 use serde_json::json;
 
 use super::common::{
-    ModelArgs, STDOUT, Usage, at_least, context_of, note, print_json, speed, utf8,
+    CacheUse, ModelArgs, STDOUT, Usage, at_least, context_of, note, print_json, speed, utf8,
 };
 use super::sampling::SamplingArgs;
 use crate::answer::Answer;
+use crate::experts::Cache;
 use crate::generation::Generation;
 use crate::sampler::Sampler;
 
@@ -40,6 +42,9 @@ pub struct Args {
     /// End before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// Record which experts work, for `fewbit experts replay`
+    #[arg(long, value_name = "FILE")]
+    trace_experts: Option<PathBuf>,
     /// Print one JSON object instead of the text
     #[arg(long)]
     json: bool,
@@ -78,7 +83,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Some(prompt) if prompt != "-" => prompt,
         _ => read_prompt()?,
     };
-    let engine = args.model.load()?;
+    let engine = args.model.load(args.ctx)?;
     let tokenizer = engine.tokenizer();
     let prompt = tokenizer.encode_with_bos(&prompt, true)?;
     let context = context_of(&engine, args.ctx);
@@ -86,6 +91,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let limit = args.n.unwrap_or(usize::MAX);
 
     let mut session = engine.session(context)?;
+    if args.trace_experts.is_some() {
+        engine.start_trace();
+    }
     let sampler = Sampler::new(args.sampling.settings()).with_vocabulary(tokenizer);
     #[cfg(feature = "grammar")]
     let mut sampler = sampler.with_constraint(args.shape.constraint(tokenizer)?);
@@ -95,6 +103,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     session.feed(&prompt)?;
     let pp_tok_s = speed(prompt.len(), start.elapsed());
 
+    let before = engine.expert_cache().map(Cache::counters);
     let mut out = std::io::stdout().lock();
     let mut answer = Answer::continuing(tokenizer).with_stops(args.stop);
     let mut text = String::new();
@@ -122,6 +131,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let fed = session.tokens().len() - prompt.len();
     let tg_tok_s = speed(fed, start.elapsed());
     let tail = answer.finish();
+    let cache = CacheUse::since(&engine, before, fed);
+    if let (Some(path), Some(trace)) = (&args.trace_experts, engine.take_trace()) {
+        std::fs::write(path, trace.to_text()?)
+            .with_context(|| format!("{}: cannot write the trace", path.display()))?;
+    }
     let stop = if answer.stop().is_some() {
         Stop::Text
     } else if tokens < limit.min(room) {
@@ -143,6 +157,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "tg_tok_s": tg_tok_s,
             "drafted": drafted,
             "accepted": accepted,
+            "expert_cache": cache.as_ref().map(CacheUse::json),
         }));
     }
     writeln!(out, "{tail}").context(STDOUT)?;
@@ -158,8 +173,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         0 => String::new(),
         drafted => format!(", {accepted} of {drafted} drafts accepted"),
     };
+    let cache = cache.map_or(String::new(), |cache| format!("; {cache}"));
     note(format_args!(
-        "prompt {} tokens, {} tok/s; generated {tokens} tokens, {} tok/s{drafts} ({} kernels, {} threads)",
+        "prompt {} tokens, {} tok/s; generated {tokens} tokens, {} tok/s{drafts}{cache} ({} kernels, {} threads)",
         prompt.len(),
         figure(pp_tok_s),
         figure(tg_tok_s),

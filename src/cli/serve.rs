@@ -85,7 +85,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let drafts = args.sampling.drafts();
     let (model, slots, ctx) = (args.model, args.slots, args.ctx);
     let load = move || {
-        let engine = model.load()?;
+        let engine = model.load(ctx)?;
         let share = Share {
             slots,
             context: context_of(&engine, ctx),

@@ -10,7 +10,9 @@ use std::ops::Range;
 
 use super::linear::{Cut, Dots, FEW_TOKENS, Out, Product, Runs, chunks, multiply};
 use super::{Activations, Kernels, Phase, TILE_ROWS, TILE_TOKENS};
-use crate::experts::Expert;
+use crate::experts::Visit;
+use crate::tensor::Rows;
+use crate::tensor::direct::Error;
 use crate::threads::Pool;
 
 /// Which token goes to which expert, with which weight, grouped by expert.
@@ -59,98 +61,137 @@ impl Routes {
     }
 }
 
-/// `residual[t] += Σ weight · down(silu(gate(x[t])) · up(x[t]))` over the experts of each token.
+/// `residual[t] += Σ weight · down(silu(gate(x[t])) · up(x[t]))` over the experts of each token,
+/// which come in portions where they have to be read first. The sums do not depend on how.
 ///
 /// `hidden` is scratch for one row of `ffn` columns a route; `residual` holds `x.len()` rows of
 /// as many columns as `x`.
+///
+/// # Errors
+/// When an expert cannot be read; `residual` then holds something in between.
 #[allow(clippy::too_many_arguments)] // the layer's own: where, how, weights, routes, buffers
 pub fn feed_forward(
     pool: &Pool,
     kernels: &Kernels,
     phase: Phase,
-    experts: &[Expert],
+    mut experts: Visit<'_>,
     routes: &Routes,
     x: &Activations,
     hidden: &mut Activations,
     residual: &mut [f32],
-) {
-    let active: Vec<usize> = routes.active().collect();
-    let Some(&first) = active.first() else { return };
-    let (ffn, width) = (experts[first].gate.rows, experts[first].down.rows);
-
+) -> Result<(), Error> {
     hidden.resize(routes.len());
-    let parts = hidden.parts();
-    // Gate and up are streamed side by side.
-    let streams = kernels.streams(phase, experts[first].gate.kind);
-    let cut = Cut::new(ffn, streams.div_ceil(2), TILE_ROWS);
-    pool.run(active.len() * cut.tasks(), &|task| {
-        let (expert, task) = (active[task / cut.tasks()], task % cut.tasks());
-        let Expert { gate, up, .. } = &experts[expert];
-        let write = |route: usize, range: Range<usize>, gates: &[f32], ups: &[f32]| {
-            // SAFETY: tasks differ in expert (and so in route) or in columns.
-            let mut part = unsafe { parts.columns(route, range.start, range.len()) };
-            let (gates, ups) = (&gates[..range.len()], &ups[..range.len()]);
-            (kernels.floats.swiglu)(gates, ups, part.x);
-            part.quantize(kernels);
-        };
-        let ranges = cut.parts(task);
-        match phase {
-            Phase::Prompt => {
-                for range in ranges {
-                    for some in chunks(routes.of(expert), TILE_TOKENS) {
-                        let x = || some.clone().map(|route| x.row(routes.routes[route].0));
-                        let (mut gates, mut ups) = (Product::new(), Product::new());
-                        gates.compute(kernels, phase, gate.rows(range.clone()), x());
-                        ups.compute(kernels, phase, up.rows(range.clone()), x());
-                        for ((route, gates), ups) in some.clone().zip(&gates.sums).zip(&ups.sums) {
-                            write(route, range.clone(), gates, ups);
-                        }
-                    }
-                }
-            }
-            Phase::Generate => {
-                let runs: Runs<'_> = ranges
-                    .iter()
-                    .flat_map(|range| [gate.rows(range.clone()), up.rows(range.clone())])
-                    .collect();
-                for some in chunks(routes.of(expert), FEW_TOKENS) {
-                    let mut dots = Dots::new();
-                    let x = some.clone().map(|route| x.row(routes.routes[route].0));
-                    dots.compute(kernels, &runs, x);
-                    for (route, sums) in some.zip(&dots.sums) {
-                        for (range, sums) in ranges.iter().zip(sums.as_chunks::<2>().0) {
-                            write(route, range.clone(), &sums[0], &sums[1]);
-                        }
-                    }
-                }
-            }
-        }
-    });
+    let layer = Layer {
+        pool,
+        kernels,
+        phase,
+        routes,
+    };
+    while let Some(portion) = experts.portion()? {
+        layer.gate(&portion.gates, x, hidden);
+        layer.down(&portion.downs, hidden, x.len(), residual);
+    }
+    Ok(())
+}
 
-    let hidden = &*hidden;
-    let out = Out::new(residual, x.len(), width);
-    let cut = Cut::of_outputs(kernels, phase, &experts[first].down);
-    pool.run(cut.tasks(), &|task| {
-        for &expert in &active {
-            let write = |route: usize, range: Range<usize>, sums: &[f32]| {
-                let (token, weight) = routes.routes[route];
-                // SAFETY: tasks take disjoint ranges of columns.
-                let out = unsafe { out.columns(token, range.start, range.len()) };
-                out.iter_mut()
-                    .zip(sums)
-                    .for_each(|(out, sum)| *out += weight * *sum);
+/// How and for whom the experts of a layer work.
+struct Layer<'a> {
+    pool: &'a Pool,
+    kernels: &'a Kernels,
+    phase: Phase,
+    routes: &'a Routes,
+}
+
+impl Layer<'_> {
+    /// (a): `hidden = silu(gate(x)) · up(x)`, each expert for its routes.
+    fn gate(
+        &self,
+        experts: &[(usize, Rows<'_>, Rows<'_>)],
+        x: &Activations,
+        hidden: &mut Activations,
+    ) {
+        let Some((_, first, _)) = experts.first() else {
+            return;
+        };
+        let (kernels, phase, routes) = (self.kernels, self.phase, self.routes);
+        let parts = hidden.parts();
+        // Gate and up are streamed side by side.
+        let streams = kernels.streams(phase, first.kind);
+        let cut = Cut::new(first.len(), streams.div_ceil(2), TILE_ROWS);
+        self.pool.run(experts.len() * cut.tasks(), &|task| {
+            let (expert, gate, up) = experts[task / cut.tasks()];
+            let write = |route: usize, range: Range<usize>, gates: &[f32], ups: &[f32]| {
+                // SAFETY: tasks differ in expert (and so in route) or in columns.
+                let mut part = unsafe { parts.columns(route, range.start, range.len()) };
+                let (gates, ups) = (&gates[..range.len()], &ups[..range.len()]);
+                (kernels.floats.swiglu)(gates, ups, part.x);
+                part.quantize(kernels);
             };
-            let down = &experts[expert].down;
-            let x = |route| hidden.row(route);
-            multiply(
-                kernels,
-                phase,
-                down,
-                cut.parts(task),
-                routes.of(expert),
-                x,
-                write,
-            );
-        }
-    });
+            let ranges = cut.parts(task % cut.tasks());
+            match phase {
+                Phase::Prompt => {
+                    for range in ranges {
+                        for some in chunks(routes.of(expert), TILE_TOKENS) {
+                            let x = || some.clone().map(|route| x.row(routes.routes[route].0));
+                            let (mut gates, mut ups) = (Product::new(), Product::new());
+                            gates.compute(kernels, phase, gate.slice(range.clone()), x());
+                            ups.compute(kernels, phase, up.slice(range.clone()), x());
+                            for ((route, gates), ups) in
+                                some.clone().zip(&gates.sums).zip(&ups.sums)
+                            {
+                                write(route, range.clone(), gates, ups);
+                            }
+                        }
+                    }
+                }
+                Phase::Generate => {
+                    let runs: Runs<'_> = ranges
+                        .iter()
+                        .flat_map(|range| [gate.slice(range.clone()), up.slice(range.clone())])
+                        .collect();
+                    for some in chunks(routes.of(expert), FEW_TOKENS) {
+                        let mut dots = Dots::new();
+                        let x = some.clone().map(|route| x.row(routes.routes[route].0));
+                        dots.compute(kernels, &runs, x);
+                        for (route, sums) in some.zip(&dots.sums) {
+                            for (range, sums) in ranges.iter().zip(sums.as_chunks::<2>().0) {
+                                write(route, range.clone(), &sums[0], &sums[1]);
+                            }
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    /// (b): `residual += weight · down(hidden)`, each expert for its routes, one after the other.
+    fn down(
+        &self,
+        experts: &[(usize, Rows<'_>)],
+        hidden: &Activations,
+        tokens: usize,
+        residual: &mut [f32],
+    ) {
+        let Some((_, first)) = experts.first() else {
+            return;
+        };
+        let (kernels, phase, routes) = (self.kernels, self.phase, self.routes);
+        let out = Out::new(residual, tokens, first.len());
+        let cut = Cut::of_outputs(kernels, phase, *first);
+        self.pool.run(cut.tasks(), &|task| {
+            for &(expert, down) in experts {
+                let write = |route: usize, range: Range<usize>, sums: &[f32]| {
+                    let (token, weight) = routes.routes[route];
+                    // SAFETY: tasks take disjoint ranges of columns.
+                    let out = unsafe { out.columns(token, range.start, range.len()) };
+                    out.iter_mut()
+                        .zip(sums)
+                        .for_each(|(out, sum)| *out += weight * *sum);
+                };
+                let x = |route| hidden.row(route);
+                let parts = cut.parts(task);
+                multiply(kernels, phase, down, parts, routes.of(expert), x, write);
+            }
+        });
+    }
 }

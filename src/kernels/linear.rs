@@ -32,13 +32,14 @@ pub fn linear(
     let products: Vec<_> = products
         .iter_mut()
         .map(|(matrix, out)| {
-            let cut = Cut::of_outputs(kernels, phase, matrix);
-            (*matrix, cut, Out::new(out, x.len(), matrix.rows))
+            let rows = matrix.all();
+            let cut = Cut::of_outputs(kernels, phase, rows);
+            (rows, cut, Out::new(out, x.len(), rows.len()))
         })
         .collect();
     let tasks = products.iter().map(|(_, cut, _)| cut.tasks()).sum();
     pool.run(tasks, &|mut task| {
-        let (matrix, cut, out) = products
+        let (rows, cut, out) = products
             .iter()
             .find(|(_, cut, _)| {
                 let found = task < cut.tasks();
@@ -57,7 +58,7 @@ pub fn linear(
         multiply(
             kernels,
             phase,
-            matrix,
+            *rows,
             cut.parts(task),
             0..x.len(),
             |i| x.row(i),
@@ -66,11 +67,11 @@ pub fn linear(
     });
 }
 
-/// Multiplies the rows of each part of `matrix` with tokens, and hands out `(token, part, products)`.
+/// Multiplies each part of `rows` with tokens, and hands out `(token, part, products)`.
 pub(super) fn multiply<'a>(
     kernels: &Kernels,
     phase: Phase,
-    matrix: &Matrix,
+    rows: Rows<'_>,
     parts: Parts,
     tokens: Range<usize>,
     x: impl Fn(usize) -> Activation<'a>,
@@ -81,7 +82,7 @@ pub(super) fn multiply<'a>(
             for part in parts {
                 for some in chunks(tokens.clone(), TILE_TOKENS) {
                     let mut product = Product::new();
-                    let rows = matrix.rows(part.clone());
+                    let rows = rows.slice(part.clone());
                     product.compute(kernels, phase, rows, some.clone().map(&x));
                     for (token, sums) in some.zip(&product.sums) {
                         write(token, part.clone(), sums);
@@ -90,7 +91,7 @@ pub(super) fn multiply<'a>(
             }
         }
         Phase::Generate => {
-            let runs: Runs<'_> = parts.iter().map(|part| matrix.rows(part.clone())).collect();
+            let runs: Runs<'_> = parts.iter().map(|part| rows.slice(part.clone())).collect();
             for some in chunks(tokens, FEW_TOKENS) {
                 let mut dots = Dots::new();
                 dots.compute(kernels, &runs, some.clone().map(&x));
@@ -132,9 +133,9 @@ impl Cut {
     /// For products of which each row stands for itself: [`TILE_ROWS`] rows a task, few enough to balance
     /// cores of different speed, and enough that claiming costs nothing (32 rows of 4096 four-bit
     /// weights are 74 KB).
-    pub(super) fn of_outputs(kernels: &Kernels, phase: Phase, matrix: &Matrix) -> Self {
-        let streams = kernels.streams(phase, matrix.kind);
-        Self::new(matrix.rows, streams, TILE_ROWS / streams)
+    pub(super) fn of_outputs(kernels: &Kernels, phase: Phase, rows: Rows<'_>) -> Self {
+        let streams = kernels.streams(phase, rows.kind);
+        Self::new(rows.len(), streams, TILE_ROWS / streams)
     }
 
     pub(super) fn tasks(&self) -> usize {

@@ -1,11 +1,13 @@
 //! The forward pass, on one screen.
 
 use super::attention::Attention;
-use super::moe::choose;
-use super::{KvCache, Model, State};
+use super::moe::{Routing, choose, choose_present};
+use super::{Config, KvCache, Layer, Model, State};
+use crate::experts::Cache;
 use crate::kernels::experts::feed_forward;
 use crate::kernels::linear::{Into, linear};
 use crate::kernels::{Kernels, Phase};
+use crate::tensor::direct;
 use crate::threads::Pool;
 
 /// Experts of a layer that the router's scratch holds; no file may have more.
@@ -50,6 +52,10 @@ impl Span {
 /// wanted logits in `state.logits`. In either phase every token's result is the same bits
 /// whatever else is in the batch and however a prompt is cut.
 ///
+/// # Errors
+/// When an expert cannot be read. The caches then count tokens whose keys and values they do not hold:
+/// their length must be set back.
+///
 /// # Panics
 /// If the batch is larger than `state.batch`, a cache is too small, or a token is outside the
 /// vocabulary; the engine checks all three.
@@ -60,7 +66,7 @@ pub fn forward(
     phase: Phase,
     state: &mut State,
     slots: Vec<Slot<'_>>,
-) {
+) -> Result<(), direct::Error> {
     let (config, weights) = (&model.config, &model.weights);
     let shape = &config.shape;
     let hidden = shape.hidden;
@@ -101,6 +107,9 @@ pub fn forward(
         });
     }
 
+    if let Some(trace) = &mut s.trace {
+        trace.begin(n, phase == Phase::Prompt);
+    }
     for (l, layer) in weights.layers.iter().enumerate() {
         // q [n, heads · head_dim], k and v [n, kv_heads · head_dim] = norm(x) · Wᵀ
         s.normed.fill(pool, kernels, n, |t, out| {
@@ -146,23 +155,39 @@ pub fn forward(
         let used = shape.experts_used;
         if let Some(router) = &layer.router {
             let normed = &s.normed;
+            let present = match (model.routing, weights.experts.cache()) {
+                (Routing::Cached(margin), Some(cache)) if phase == Phase::Generate => {
+                    Some((cache.present(l), margin))
+                }
+                _ => None,
+            };
             pool.chunks(&mut s.chosen[..n * used], used, |t, chosen| {
                 let scores = &mut [0.0; MAX_EXPERTS][..shape.experts];
                 kernels.dot_rows(router.all(), normed.row(t), scores);
-                choose(scores, chosen);
+                match &present {
+                    None => choose(scores, chosen),
+                    Some((present, margin)) => choose_present(scores, present, *margin, chosen),
+                }
             });
         }
         s.routes.group(shape.experts, used, &s.chosen[..n * used]);
+        let active: Vec<usize> = s.routes.active().collect();
+        if let Some(trace) = &mut s.trace {
+            trace.layer(&active);
+        }
+        if let (Some(cache), Some(next)) = (weights.experts.cache(), weights.layers.get(l + 1)) {
+            expect(cache, (l + 1, next), config, pool, kernels, n, s);
+        }
         feed_forward(
             pool,
             kernels,
             phase,
-            weights.experts.layer(l),
+            weights.experts.visit(l, &active),
             &s.routes,
             &s.normed,
             &mut s.hidden,
             &mut s.x,
-        );
+        )?;
     }
 
     // logits [outputs, vocab] = norm(x) · Wᵀ
@@ -183,6 +208,7 @@ pub fn forward(
         Into::Set,
         &mut [(&weights.output, &mut s.logits[..])],
     );
+    Ok(())
 }
 
 /// Final hidden states, after the output norm, of the last batch's first `tokens` tokens: calls `visit(t, hidden)` for
@@ -207,6 +233,49 @@ pub fn hidden_states(
         visit(t, &out);
     }
 }
+
+/// Tells the cache what the next layer will need: everything where so many tokens come that hardly an expert
+/// can be without one; else what its router chooses with the residual as it is, before this layer's experts
+/// have added their part.
+fn expect(
+    cache: &Cache,
+    (l, layer): (usize, &Layer),
+    config: &Config,
+    pool: &Pool,
+    kernels: &Kernels,
+    n: usize,
+    s: &mut State,
+) {
+    let (shape, norm) = (&config.shape, kernels.floats.norm);
+    let Some(router) = &layer.router else {
+        return cache.expect(l, &[0], true);
+    };
+    if n * shape.experts_used >= MANY * shape.experts {
+        let all: Vec<usize> = (0..shape.experts).collect();
+        return cache.expect(l, &all, true);
+    }
+    s.last.fill(pool, kernels, n, |t, out| {
+        norm(
+            row(&s.x, t, shape.hidden),
+            &layer.ffn_norm,
+            config.norm_eps,
+            out,
+        );
+    });
+    let mut wanted = vec![false; shape.experts];
+    let mut chosen = vec![(0, 0.0); shape.experts_used];
+    for t in 0..n {
+        let scores = &mut [0.0; MAX_EXPERTS][..shape.experts];
+        kernels.dot_rows(router.all(), s.last.row(t), scores);
+        choose(scores, &mut chosen);
+        chosen.iter().for_each(|&(expert, _)| wanted[expert] = true);
+    }
+    let wanted: Vec<usize> = (0..shape.experts).filter(|&e| wanted[e]).collect();
+    cache.expect(l, &wanted, false);
+}
+
+/// Routes an expert from which on it is taken for certain that all experts have tokens.
+const MANY: usize = 8;
 
 /// Row `t` of a matrix of `cols` columns.
 fn row<T>(matrix: &[T], t: usize, cols: usize) -> &[T] {

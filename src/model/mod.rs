@@ -14,11 +14,12 @@ pub use cache::{KvCache, KvKind};
 pub use config::{Config, RopeConfig};
 use forward::Span;
 pub use forward::{Slot, forward, hidden_states};
+pub use moe::Routing;
 pub use state::State;
-pub use weights::{Layer, Weights};
+pub use weights::{Layer, Placement, Weights};
 
 use crate::gguf::{self, Gguf};
-use crate::tensor::{self, Mapped};
+use crate::tensor;
 
 /// Why a file does not make a model.
 #[derive(Debug, thiserror::Error)]
@@ -59,28 +60,30 @@ pub enum Error {
     },
 }
 
-/// A model: what the metadata says and the mapped weights.
+/// A model: what the metadata says and the weights.
 pub struct Model {
     /// The graph's numbers.
     pub config: Config,
-    /// The mapped tensors.
+    /// The tensors.
     pub weights: Weights,
+    /// How experts are chosen.
+    pub routing: Routing,
     rope: Rope,
 }
 
 impl Model {
-    /// Maps the file of `gguf` and binds its tensors.
+    /// Binds the tensors of `gguf`, mapped or read as `placement` says.
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn open(gguf: &Gguf) -> Result<Self, Error> {
+    pub fn open(gguf: &Gguf, placement: Placement<'_>) -> Result<Self, Error> {
         let config = Config::from_metadata(&gguf.metadata)?;
-        let mapped = Mapped::open(gguf)?;
-        let weights = Weights::bind(gguf, &mapped, &config)?;
+        let weights = Weights::bind(gguf, placement, &config)?;
         let rope = Rope::new(&config.rope, weights.rope_factors.as_deref());
         Ok(Self {
             config,
             weights,
+            routing: Routing::Exact,
             rope,
         })
     }

@@ -1,12 +1,10 @@
 //! Scratch of the forward pass.
 
 use super::Config;
+use crate::experts::trace::Trace;
 use crate::kernels::Activations;
 use crate::kernels::experts::Routes;
-use crate::plan::PROMPT_BATCH;
-
-/// What scratch may take; no model of the family comes near.
-const SCRATCH_LIMIT: u64 = 768 << 20;
+use crate::plan::{PROMPT_BATCH, SCRATCH_LIMIT};
 
 /// Scratch of the forward pass, allocated once for batches of up to `batch` tokens.
 pub struct State {
@@ -36,6 +34,8 @@ pub struct State {
     pub(super) last: Activations,
     /// Cosines and sines, `[tokens, rope dims / 2]` pairs.
     pub(super) turns: Vec<(f32, f32)>,
+    /// The routing, where it is recorded.
+    pub(crate) trace: Option<Trace>,
     /// `[outputs, vocab]`, one row for each token whose logits were asked for, in their order.
     pub logits: Vec<f32>,
 }
@@ -66,6 +66,7 @@ impl State {
             hidden: Activations::new(batch * used, shape.ffn),
             last: Activations::new(batch, shape.hidden),
             turns: vec![(0.0, 0.0); batch * config.rope.dims / 2],
+            trace: None,
             logits: Vec::new(),
         }
     }

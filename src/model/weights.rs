@@ -3,10 +3,12 @@
 use std::collections::HashSet;
 
 use super::{Config, Error};
-use crate::experts::{Expert, Experts};
+use crate::experts::{Cache, Expert, Experts, policy};
 use crate::gguf::{Gguf, TensorInfo, names};
+use crate::plan::fit::Slots;
 use crate::quant::BlockType;
-use crate::tensor::{Mapped, Matrix};
+use crate::tensor::direct::Files;
+use crate::tensor::{self, Extent, Mapped, Matrix};
 
 /// The weights of a model.
 pub struct Weights {
@@ -43,12 +45,13 @@ pub struct Layer {
 }
 
 impl Weights {
-    /// Binds the tensors of `gguf`.
+    /// Binds the tensors of `gguf`, and puts them where `placement` says.
     ///
     /// # Errors
     /// When a tensor is missing, has another shape than the metadata says, or is not part of
-    /// the graph (its result would be silently wrong).
-    pub fn bind(gguf: &Gguf, mapped: &Mapped, config: &Config) -> Result<Self, Error> {
+    /// the graph (its result would be silently wrong); when the files cannot be mapped or read, or
+    /// there is no memory.
+    pub fn bind(gguf: &Gguf, placement: Placement<'_>, config: &Config) -> Result<Self, Error> {
         let shape = &config.shape;
         let (hidden, vocab) = (shape.hidden, shape.vocab);
         let (q_dim, kv_dim) = (
@@ -56,9 +59,15 @@ impl Weights {
             shape.kv_heads * shape.head_dim,
         );
         let experts = shape.is_moe().then_some(shape.experts);
+        let source = match placement {
+            Placement::Mapped => Source::Mapped(Mapped::open(gguf)?),
+            Placement::Read | Placement::Cached(..) => {
+                Source::Files(Files::open(gguf).map_err(tensor::Error::from)?)
+            }
+        };
         let mut bind = Binder {
             gguf,
-            mapped,
+            source,
             experts,
             bound: HashSet::new(),
         };
@@ -88,25 +97,34 @@ impl Weights {
             let ups = bind.experts(l, names::FFN_UP, shape.ffn, hidden)?;
             let downs = bind.experts(l, names::FFN_DOWN, hidden, shape.ffn)?;
             let triples = gates.into_iter().zip(ups).zip(downs);
-            experts.push(
-                triples
-                    .map(|((gate, up), down)| Expert { gate, up, down })
-                    .collect(),
-            );
+            let triples = triples.map(|((gate, up), down)| Expert { gate, up, down });
+            experts.push(triples.collect::<Vec<_>>());
         }
-        let weights = Self {
-            token_embd,
-            output_norm: bind.vector(names::OUTPUT_NORM, hidden)?,
-            output,
-            rope_factors: match bind.has(names::ROPE_FREQS) {
-                true => Some(bind.vector(names::ROPE_FREQS, config.rope.dims / 2)?),
-                false => None,
-            },
-            layers,
-            experts: Experts::mapped(experts),
+        let output_norm = bind.vector(names::OUTPUT_NORM, hidden)?;
+        let rope_factors = match bind.has(names::ROPE_FREQS) {
+            true => Some(bind.vector(names::ROPE_FREQS, config.rope.dims / 2)?),
+            false => None,
         };
-        bind.finish()?;
-        Ok(weights)
+        let source = bind.finish()?;
+        let experts = match (source, placement) {
+            (Source::Files(files), Placement::Cached(slots, policy)) => {
+                let cache = Cache::new(files, experts, slots, policy);
+                Experts::Cached(cache.map_err(|source| tensor::Error::NoRoom {
+                    file: gguf.files[0].clone(),
+                    bytes: slots.bytes(),
+                    source,
+                })?)
+            }
+            (source, _) => Experts::Resident(source.all(&experts)?),
+        };
+        Ok(Self {
+            token_embd,
+            output_norm,
+            output,
+            rope_factors,
+            layers,
+            experts,
+        })
     }
 
     /// Whether no matrix is rounded below 32 bits.
@@ -115,17 +133,59 @@ impl Weights {
             .layers
             .iter()
             .flat_map(|layer| [&layer.q, &layer.k, &layer.v, &layer.o]);
-        let experts = (0..self.layers.len()).flat_map(|layer| self.experts.layer(layer));
-        layers
-            .chain(experts.flat_map(|expert| [&expert.gate, &expert.up, &expert.down]))
-            .all(|matrix| matrix.kind == BlockType::F32)
+        let mut matrices = layers;
+        self.experts.are_all(BlockType::F32)
+            && matrices.all(|matrix| matrix.extent().kind == BlockType::F32)
+    }
+}
+
+/// Where weights are put.
+#[derive(Clone, Copy, Debug)]
+pub enum Placement<'a> {
+    /// In the mapped file, as they lie.
+    Mapped,
+    /// In memory of our own.
+    Read,
+    /// Experts in such slots, which an expert gets and gives up by a policy; everything else in memory of our
+    /// own.
+    Cached(&'a Slots, policy::Kind),
+}
+
+/// Where matrices come from.
+enum Source {
+    Mapped(Mapped),
+    Files(Files),
+}
+
+impl Source {
+    fn matrix(&self, extent: Extent) -> Result<Matrix, tensor::Error> {
+        match self {
+            Self::Mapped(mapped) => Ok(mapped.matrix(extent)),
+            Self::Files(files) => tensor::read(files, extent),
+        }
+    }
+
+    /// The matrices of all experts.
+    fn all(
+        &self,
+        experts: &[Vec<Expert<Extent>>],
+    ) -> Result<Vec<Vec<Expert<Matrix>>>, tensor::Error> {
+        let expert = |expert: &Expert<Extent>| {
+            Ok(Expert {
+                gate: self.matrix(expert.gate)?,
+                up: self.matrix(expert.up)?,
+                down: self.matrix(expert.down)?,
+            })
+        };
+        let layer = |layer: &Vec<Expert<Extent>>| layer.iter().map(expert).collect();
+        experts.iter().map(layer).collect()
     }
 }
 
 /// Finds tensors by name, checks their shapes, and remembers which were used.
 struct Binder<'a> {
     gguf: &'a Gguf,
-    mapped: &'a Mapped,
+    source: Source,
     /// Experts a layer; `None` in a dense model.
     experts: Option<usize>,
     bound: HashSet<&'a str>,
@@ -164,9 +224,14 @@ impl<'a> Binder<'a> {
         Ok(tensor)
     }
 
-    fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<Matrix, Error> {
+    fn extent(&mut self, name: &str, rows: usize, cols: usize) -> Result<Extent, Error> {
         let tensor = self.tensor(name, &[cols, rows])?;
-        Ok(self.mapped.matrices(tensor).remove(0))
+        Ok(Extent::all(tensor).remove(0))
+    }
+
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<Matrix, Error> {
+        let extent = self.extent(name, rows, cols)?;
+        Ok(self.source.matrix(extent)?)
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>, Error> {
@@ -182,28 +247,28 @@ impl<'a> Binder<'a> {
         part: &str,
         rows: usize,
         cols: usize,
-    ) -> Result<Vec<Matrix>, Error> {
+    ) -> Result<Vec<Extent>, Error> {
         let Some(experts) = self.experts else {
-            return Ok(vec![self.matrix(&names::block(layer, part), rows, cols)?]);
+            return Ok(vec![self.extent(&names::block(layer, part), rows, cols)?]);
         };
         if self.has(&names::expert(layer, part, 0)) {
             return (0..experts)
-                .map(|e| self.matrix(&names::expert(layer, part, e), rows, cols))
+                .map(|e| self.extent(&names::expert(layer, part, e), rows, cols))
                 .collect();
         }
         let tensor = self.tensor(&names::experts(layer, part), &[cols, rows, experts])?;
-        Ok(self.mapped.matrices(tensor))
+        Ok(Extent::all(tensor))
     }
 
     /// Refuses tensors that nothing has asked for: a bias, say, that the graph would ignore.
-    fn finish(self) -> Result<(), Error> {
+    fn finish(self) -> Result<Source, Error> {
         match self
             .gguf
             .tensors
             .iter()
             .find(|tensor| !self.bound.contains(tensor.name.as_str()))
         {
-            None => Ok(()),
+            None => Ok(self.source),
             Some(tensor) => Err(Error::Unknown {
                 file: self.gguf.files[tensor.file].clone(),
                 tensor: tensor.name.clone(),

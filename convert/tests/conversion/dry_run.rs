@@ -33,7 +33,7 @@ fn command(arguments: &[&str]) -> std::process::Output {
 fn mixtral_has_46_7_billion_parameters_of_which_12_9_work() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("config.json"), MIXTRAL_8X7B).unwrap();
-    let run = DryRun::new(folder.path(), &Options::new(Mix::Q4_K_M), 4096).unwrap();
+    let run = DryRun::new(folder.path(), &Options::new(Mix::Q4_K_M), 4096, None).unwrap();
     let figures = run.json();
     assert_eq!(figures["params_total"], 46_702_792_704_u64);
     assert_eq!(figures["params_active"], 12_879_925_248_u64);
@@ -65,7 +65,7 @@ fn mixtral_has_46_7_billion_parameters_of_which_12_9_work() {
 fn tensors_are_listed_with_the_recipes_types() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("config.json"), MIXTRAL_8X7B).unwrap();
-    let figures = DryRun::new(folder.path(), &Options::new(Mix::Q4_K_M), 512)
+    let figures = DryRun::new(folder.path(), &Options::new(Mix::Q4_K_M), 512, None)
         .unwrap()
         .json();
     let tensor = |name: &str| {
@@ -92,7 +92,7 @@ fn tensors_are_listed_with_the_recipes_types() {
 fn a_longer_context_takes_more_ram_and_no_more_file() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("config.json"), MIXTRAL_8X7B).unwrap();
-    let run = |ctx| DryRun::new(folder.path(), &Options::new(Mix::Q5_K_M), ctx).unwrap();
+    let run = |ctx| DryRun::new(folder.path(), &Options::new(Mix::Q5_K_M), ctx, None).unwrap();
     let (short, long) = (run(4096), run(32768));
     assert_eq!(
         long.ram_bytes() - short.ram_bytes(),
@@ -113,7 +113,7 @@ fn a_complete_checkpoints_file_has_the_announced_length() {
             &common::random_model(experts),
         );
         for mix in [Mix::Q4_K_M, Mix::Q8_0, Mix::F16] {
-            let announced = DryRun::new(&model, &Options::new(mix), 4096).unwrap();
+            let announced = DryRun::new(&model, &Options::new(mix), 4096, None).unwrap();
             let (file, gguf) = common::converted(&model, mix);
             assert_eq!(
                 announced.file_bytes(),
@@ -173,7 +173,7 @@ fn a_broken_tokenizer_is_no_missing_one() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("config.json"), MIXTRAL_8X7B).unwrap();
     fs::write(folder.path().join("tokenizer.json"), "{").unwrap();
-    let refused = DryRun::new(folder.path(), &Options::new(Mix::Q4_K_M), 512).unwrap_err();
+    let refused = DryRun::new(folder.path(), &Options::new(Mix::Q4_K_M), 512, None).unwrap_err();
     assert!(refused.to_string().contains("tokenizer.json"), "{refused}");
 }
 
@@ -184,7 +184,7 @@ fn what_falls_back_is_said() {
     config["hidden_size"] = json!(192);
     config["head_dim"] = json!(48);
     fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-    let text = DryRun::new(folder.path(), &Options::new(Mix::Q4_K_S), 512)
+    let text = DryRun::new(folder.path(), &Options::new(Mix::Q4_K_S), 512, None)
         .unwrap()
         .to_string();
     assert!(

@@ -55,7 +55,7 @@ impl FirstToken {
         drop(gguf);
 
         let start = Instant::now();
-        let engine = model.load()?;
+        let engine = model.load(Some(CONTEXT))?;
         let loaded = start.elapsed();
         let mut session = engine.session(CONTEXT)?;
         let made = start.elapsed();
