@@ -14,12 +14,14 @@
 //!   [`Session`](engine::Session), one timeline with its KV cache
 //! - [`sampler`], [`draft`], [`generation`]: from logits to a token; guesses of the next ones; a session's tokens
 //! - [`chat`], [`perplexity`], [`bench`](mod@bench): what is built on those two
+//! - [`calibrate`]: what the matrices of a model are given, counted into a file for the converter
 //! - [`cli`]: one file a command
 
 #[cfg(target_endian = "big")]
 compile_error!("GGUF files are little-endian and are mapped as they are");
 
 pub mod bench;
+pub mod calibrate;
 pub mod chat;
 pub mod cli;
 pub mod draft;

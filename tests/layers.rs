@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// The modules in the order of the data's way. A module may use those of lower rank, and not
 /// its neighbours of the same rank.
-const LAYERS: [&[&str]; 11] = [
+const LAYERS: [&[&str]; 12] = [
     &["quant"],
     &["gguf"],
     &["tokenizer", "plan"],
@@ -17,6 +17,7 @@ const LAYERS: [&[&str]; 11] = [
     &["engine"],
     &["sampler", "draft"],
     &["generation", "chat", "perplexity", "bench"],
+    &["calibrate"],
     &["cli"],
 ];
 

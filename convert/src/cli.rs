@@ -16,6 +16,7 @@ use crate::dry_run::DryRun;
 use crate::error::{Error, Result};
 use crate::pipeline::{Options, Report, convert};
 use crate::recipe::Mix;
+use crate::round::Round;
 use crate::synth::{self, Preset};
 
 #[derive(Parser)]
@@ -54,6 +55,10 @@ struct ConvertArgs {
     /// Importance matrix (GGUF or legacy) that guides the encoding
     #[arg(long, value_name = "FILE")]
     imatrix: Option<PathBuf>,
+    /// How weights are rounded: ggml (as llama-quantize, bit for bit), best (scales and levels refitted together,
+    /// by the imatrix), gptq (the same with error feedback, by the moments of `fewbit calibrate --moments`)
+    #[arg(long, value_name = "HOW", default_value_t = Round::Ggml)]
+    round: Round,
     /// Another block type for the matrices with a name that matches; the first that matches counts
     #[arg(long = "tensor-type", value_name = "REGEX=TYPE", value_parser = tensor_type)]
     tensor_types: Vec<(Regex, BlockType)>,
@@ -142,6 +147,7 @@ fn run_convert(args: &ConvertArgs) -> Result<()> {
     let options = Options {
         overrides: args.tensor_types.clone(),
         imatrix: args.imatrix.clone(),
+        round: args.round,
         threads: args.threads,
         force: args.force,
         allow_requantize: args.allow_requantize,

@@ -20,7 +20,7 @@ use fewbit::quant::BlockType;
 use crate::checkpoint::{HEADER_MEMORY, Tensor};
 use crate::error::{Error, Result};
 
-/// Largest file that is read: Mixtral 8x22B's has 14 M columns, 56 MB.
+/// Most bytes that are read: Mixtral 8x22B has 14 M columns, 56 MB. (A GGUF file may hold other things too.)
 const MAX_BYTES: u64 = 128 << 20;
 
 /// Most entries of a legacy file: one a matrix, of which Mixtral 8x22B has 561.
@@ -40,14 +40,11 @@ impl Imatrix {
     pub fn read(path: &Path) -> Result<Imatrix> {
         let file = File::open(path).map_err(Error::io("open", path))?;
         let len = file.metadata().map_err(Error::io("open", path))?.len();
-        if len > MAX_BYTES {
-            return Err(fault(
-                path,
-                format!("{len} bytes are too many for an imatrix"),
-            ));
-        }
         let mut magic = [0; 4];
         let is_gguf = len >= 4 && file.read_exact_at(&mut magic, 0).is_ok() && &magic == b"GGUF";
+        if len > MAX_BYTES && !is_gguf {
+            return Err(too_many(path, len));
+        }
         let imatrix = if is_gguf {
             from_gguf(path, &file)?
         } else {
@@ -113,11 +110,15 @@ impl Imatrix {
     }
 }
 
-fn fault(path: &Path, what: impl Into<String>) -> Error {
+pub(crate) fn fault(path: &Path, what: impl Into<String>) -> Error {
     Error::Imatrix {
         path: path.to_owned(),
         what: what.into(),
     }
+}
+
+fn too_many(path: &Path, len: u64) -> Error {
+    fault(path, format!("{len} bytes are too many for an imatrix"))
 }
 
 /// llama-quantize keeps 127 bytes of such strings.
@@ -152,6 +153,11 @@ fn from_gguf(path: &Path, file: &File) -> Result<Imatrix> {
         } else if let Some(name) = info.name.strip_suffix(".counts") {
             pairs.entry(name).or_default()[1] = Some(info);
         }
+    }
+    let infos = pairs.values().flatten().flatten();
+    let len = infos.map(|info| info.bytes).sum();
+    if len > MAX_BYTES {
+        return Err(too_many(path, len));
     }
     let mut values = HashMap::new();
     for (name, pair) in pairs {

@@ -1,6 +1,7 @@
 //! The command line: one file a command.
 
 mod bench;
+mod calibrate;
 mod chat;
 mod common;
 mod inspect;
@@ -43,6 +44,8 @@ enum Command {
     Perplexity(perplexity::Args),
     /// Several files of one model side by side: perplexity, divergence, size, speed
     Ladder(ladder::Args),
+    /// What a model's matrices are given, counted for the converter: an imatrix, second moments
+    Calibrate(calibrate::Args),
     /// What a GGUF file holds: metadata, tensors, parameters
     Inspect(inspect::Args),
     /// Prompt and decode speed, with the machine's limits beside them
@@ -57,6 +60,7 @@ pub fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args),
         Command::Perplexity(args) => perplexity::run(args),
         Command::Ladder(args) => ladder::run(args),
+        Command::Calibrate(args) => calibrate::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(args) => bench::run(args),
     };
