@@ -233,6 +233,11 @@ fn summary(report: &Report) -> String {
             report.plan.unweighed
         ));
     }
+    for (tensor, expert, tokens) in &report.thin {
+        lines.push(format!(
+            "{tensor}: expert {expert} saw {tokens} tokens and leans on its layer's average"
+        ));
+    }
     if report.tensors_kept > 0 {
         lines.push(format!(
             "went on after {} tensors that an earlier run had written",
@@ -258,6 +263,11 @@ fn as_json(report: &Report) -> String {
         .iter()
         .map(|f| json!({"tensor": f.tensor, "columns": f.columns, "from": f.from.name(), "to": f.to.name()}))
         .collect();
+    let leaning: Vec<_> = report
+        .thin
+        .iter()
+        .map(|(tensor, expert, tokens)| json!({"tensor": tensor, "expert": expert, "tokens": tokens}))
+        .collect();
     json!({
         "file": report.path.display().to_string(),
         "file_bytes": report.plan.layout.file_bytes(),
@@ -266,6 +276,7 @@ fn as_json(report: &Report) -> String {
         "read_bytes": report.bytes_read,
         "gb_s": report.bytes_read as f64 / 1e9 / seconds,
         "without_importance": report.plan.unweighed,
+        "leaning": leaning,
         "tensors_kept": report.tensors_kept,
         "fallbacks": fallbacks,
     })

@@ -13,13 +13,10 @@ use fewbit::quant::BlockType;
 use crate::checkpoint::{HEADER_MEMORY, Tensor};
 use crate::error::{Error, Result};
 use crate::imatrix::fault;
-use crate::round::RawWindow;
+use crate::round::{AVERAGE_TOKENS, ENOUGH_TOKENS, RawWindow};
 
 /// Most bytes of an expert's moments that are read at once: those of Mixtral 8x22B's widest matrix, whole rows.
 const MAX_BYTES: u64 = 2 << 30;
-
-/// What an expert's moments are mixed with, in tokens: its layer's average has as much say as so many tokens of its own.
-const AVERAGE_TOKENS: f64 = 32.0;
 
 /// A file of statistics that holds moments.
 #[derive(Debug)]
@@ -121,7 +118,7 @@ impl Moments {
             .filter(|counts| counts.len() == experts && experts > 1)
         {
             let total: f64 = counts.iter().map(|&count| f64::from(count)).sum();
-            if f64::from(counts[expert]) < LEANING * AVERAGE_TOKENS && total > 0.0 {
+            if f64::from(counts[expert]) < ENOUGH_TOKENS && total > 0.0 {
                 let share = (AVERAGE_TOKENS / total) as f32;
                 for other in 0..experts {
                     let theirs = if other == expert {
@@ -165,6 +162,3 @@ impl Moments {
         Ok(values)
     }
 }
-
-/// Where an expert saw more than so many times [`AVERAGE_TOKENS`], its neighbours have no say.
-const LEANING: f64 = 32.0;

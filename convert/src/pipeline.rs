@@ -93,6 +93,8 @@ pub struct Report {
     pub plan: Plan,
     /// Bytes of weights that were read in this run.
     pub bytes_read: u64,
+    /// Experts whose statistics lean on their layer's average: tensor, expert, tokens that it saw.
+    pub thin: Vec<(String, usize, u64)>,
     /// Tensors that an earlier run, cut off, had written.
     pub tensors_kept: usize,
     /// Time that it took.
@@ -157,10 +159,15 @@ pub fn convert(
     file.finish()?;
     journal.remove();
     let bytes_read = run.bytes_to_read();
+    let leaning = imatrix.iter().filter(|_| options.round != Round::Ggml);
+    let leaning = leaning.flat_map(|imatrix| imatrix.thin(&checkpoint.tensors));
+    let thin = leaning.map(|(name, expert, tokens)| (name.to_owned(), expert, tokens as u64));
+    let thin = thin.collect();
     Ok(Report {
         path: output.to_owned(),
         plan,
         bytes_read,
+        thin,
         tensors_kept: kept,
         elapsed: started.elapsed(),
     })

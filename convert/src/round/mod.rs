@@ -11,7 +11,9 @@
 //! 2. Descent: level by level, scale by scale, and the units of the scales, each move is made that lowers the
 //!    quadratic form, the others held.
 //!
-//! Without moments (`best`) the form is diagonal: step 1 is plain rounding then, and step 2 refits scales and their units.
+//! Without moments (`best`) the form is diagonal: step 1 is left out then, and step 2 refits scales and their units.
+//!
+//! An expert that saw few tokens of the calibration text leans on its layer's average ([`AVERAGE_TOKENS`]).
 
 mod quadratic;
 mod refine;
@@ -29,6 +31,12 @@ use crate::imatrix::Imatrix;
 use crate::moments::Moments;
 use quadratic::Quadratic;
 pub use quadratic::RawWindow;
+
+/// What an expert's statistics are mixed with, in tokens: its layer's average has as much say as so many tokens of its own.
+pub const AVERAGE_TOKENS: f64 = 32.0;
+
+/// Where an expert saw as many tokens, its layer's average has no say.
+pub const ENOUGH_TOKENS: f64 = 1024.0;
 
 /// How weights are rounded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -69,8 +77,8 @@ pub struct Rounder<'a> {
     kind: BlockType,
     grid: Grid,
     columns: usize,
-    /// What the encoder that gives the first scales is guided by, `columns` for each expert.
-    importance: &'a [f32],
+    /// Mean squares of the inputs, `columns` for each expert; all 1 where nothing is known.
+    importance: Vec<f32>,
     moments: Option<(&'a Moments, String)>,
     /// Of the experts `first..first + ready.len()`: those that the rows at hand belong to.
     first: usize,
@@ -79,7 +87,7 @@ pub struct Rounder<'a> {
 
 impl<'a> Rounder<'a> {
     /// A rounder for `tensor` in blocks of `kind`; `None` where ggml's way is all there is: types that are not taken
-    /// apart, tensors without importance weights.
+    /// apart. Of the token embedding, whose rows are looked up, all columns count alike.
     ///
     /// # Errors
     /// If moments do not fit the tensor.
@@ -87,16 +95,19 @@ impl<'a> Rounder<'a> {
         round: Round,
         kind: BlockType,
         tensor: &Tensor,
-        imatrix: &'a Imatrix,
+        imatrix: &Imatrix,
         moments: Option<&'a Moments>,
     ) -> Result<Option<Self>> {
-        let (Some(grid), Some(importance)) = (Grid::of(kind), imatrix.of(tensor)?) else {
-            return Ok(None);
+        let grid = match (round, Grid::of(kind)) {
+            (Round::Ggml, _) | (_, None) => return Ok(None),
+            (_, Some(grid)) => grid,
         };
-        let moments = match (round, moments) {
-            (Round::Ggml, _) => return Ok(None),
-            (Round::Gptq, Some(moments)) => moments.of(tensor)?.map(|name| (moments, name)),
-            _ => None,
+        let experts = tensor.shape.get(2).copied().unwrap_or(1);
+        let importance = imatrix.smoothed(tensor)?;
+        let importance = importance.unwrap_or_else(|| vec![1.0; tensor.columns() * experts]);
+        let moments = match moments {
+            Some(moments) => moments.of(tensor)?.map(|name| (moments, name)),
+            None => None,
         };
         Ok(Some(Self {
             kind,
@@ -138,9 +149,8 @@ impl<'a> Rounder<'a> {
 
     /// Rounds a row of `expert`, which was made ready.
     pub fn encode_row(&self, expert: usize, row: &[f32], encoded: &mut [u8]) {
-        let importance = &self.importance[expert * self.columns..][..self.columns];
         let form = &self.ready[expert - self.first];
-        refine::encode_row(self.kind, &self.grid, form, row, importance, encoded);
+        refine::encode_row(self.kind, &self.grid, form, row, encoded);
     }
 }
 
@@ -230,7 +240,7 @@ mod tests {
                     windows(&moments, COLUMNS, grid.sub),
                 ];
                 for (form, total) in forms.iter().zip(&mut losses[1..]) {
-                    refine::encode_row(kind, &grid, form, row, &importance, &mut encoded);
+                    refine::encode_row(kind, &grid, form, row, &mut encoded);
                     *total += loss(&moments, kind, row, &encoded);
                     if form.windows[0].order.is_empty() {
                         by_diagonal[1] += loss(&independent, kind, row, &encoded);
@@ -251,14 +261,13 @@ mod tests {
     #[test]
     fn moments_of_no_rank_and_rows_of_zeros_do_no_harm() {
         let zeros = vec![0.0; COLUMNS * COLUMNS];
-        let ones = vec![1.0; COLUMNS];
         for &kind in BlockType::ALL {
             let Some(grid) = Grid::of(kind) else { continue };
             let form = windows(&zeros, 256, grid.sub);
             let mut encoded = vec![0; kind.row_bytes(COLUMNS).unwrap()];
             let row: Vec<f32> = (0..COLUMNS).map(|i| (i as f32 * 0.7).sin()).collect();
             for row in [&row, &vec![0.0; COLUMNS]] {
-                refine::encode_row(kind, &grid, &form, row, &ones, &mut encoded);
+                refine::encode_row(kind, &grid, &form, row, &mut encoded);
                 let mut decoded = vec![0.0; COLUMNS];
                 kind.decode_row(&encoded, &mut decoded);
                 let far = |(w, d): (&f32, &f32)| (w - d).abs() > 0.25;

@@ -12,14 +12,7 @@ const ROUNDS: usize = 3;
 const SUBS: usize = REGION / 16;
 
 /// Encodes a row of whole blocks.
-pub fn encode_row(
-    kind: BlockType,
-    grid: &Grid,
-    form: &Quadratic,
-    row: &[f32],
-    importance: &[f32],
-    encoded: &mut [u8],
-) {
+pub fn encode_row(kind: BlockType, grid: &Grid, form: &Quadratic, row: &[f32], encoded: &mut [u8]) {
     for window in &form.windows {
         // What the errors so far suggest for each column, in the window's order.
         let mut carried = vec![0.0; window.order.len()];
@@ -29,16 +22,8 @@ pub fn encode_row(
             let bytes = start / kind.block_len() * kind.block_bytes();
             let bytes =
                 &mut encoded[bytes..][..region.len() / kind.block_len() * kind.block_bytes()];
-            encode_region(
-                kind,
-                grid,
-                window,
-                region,
-                &row[columns.clone()],
-                &importance[columns],
-                &mut carried,
-                bytes,
-            );
+            let row = &row[columns];
+            encode_region(kind, grid, window, region, row, &mut carried, bytes);
         }
     }
 }
@@ -132,14 +117,12 @@ struct State<'a> {
 }
 
 #[multiversion(targets("x86_64+avx2+fma", "aarch64+neon"))]
-#[allow(clippy::too_many_arguments)] // the region's place, its weights, what they are guided by
 fn encode_region(
     kind: BlockType,
     grid: &Grid,
     window: &Window,
     region: &Region,
     row: &[f32],
-    importance: &[f32],
     carried: &mut [f32],
     encoded: &mut [u8],
 ) {
@@ -164,10 +147,15 @@ fn encode_region(
         }
     }
 
+    let mut importance = [0.0; REGION];
+    for (i, importance) in importance[..n].iter_mut().enumerate() {
+        *importance = region.cost.diagonal(i, n);
+    }
+    let flat = importance[..n].iter().all(|x| *x == importance[0]);
     let encoder = kind
         .encoder()
         .expect("types that are taken apart are encoded too");
-    encoder(&wanted[..n], Some(importance), encoded);
+    encoder(&wanted[..n], (!flat).then_some(&importance[..n]), encoded);
     let mut state = State::new(kind, grid, region, wanted, encoded);
     if full {
         // Error feedback, from the weights themselves and all that is carried.
