@@ -4,6 +4,8 @@
 //! slices. An engine is shared by any number of sessions; the pool and the scratch memory are
 //! the engine's, and forward passes take turns.
 
+mod walk;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -21,6 +23,8 @@ use crate::quant::BlockType;
 use crate::tensor::direct;
 use crate::threads::{self, CpuSet, Pool};
 use crate::tokenizer::{self, Tokenizer};
+
+pub use walk::Walk;
 
 /// Why a model cannot be loaded or cannot go on.
 #[derive(Debug, thiserror::Error)]

@@ -17,6 +17,7 @@
 //! - `grammar`: texts that follow a JSON Schema or a grammar (feature `grammar`)
 //! - [`chat`], [`perplexity`], [`bench`](mod@bench): what is built on those two
 //! - `serve`: a server for OpenAI's clients (feature `serve`)
+//! - [`calibrate`]: what the matrices of a model are given, counted into a file for the converter
 //! - [`cli`]: one file a command
 
 #[cfg(target_endian = "big")]
@@ -24,6 +25,7 @@ compile_error!("GGUF files are little-endian and are mapped as they are");
 
 pub mod answer;
 pub mod bench;
+pub mod calibrate;
 pub mod chat;
 pub mod cli;
 pub mod draft;

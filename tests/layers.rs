@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// The modules in the order of the data's way. A module may use those of lower rank, and not
 /// its neighbours of the same rank.
-const LAYERS: [&[&str]; 12] = [
+const LAYERS: [&[&str]; 13] = [
     &["quant"],
     &["gguf"],
     &["tokenizer", "plan"],
@@ -17,6 +17,7 @@ const LAYERS: [&[&str]; 12] = [
     &["engine"],
     &["sampler", "draft", "answer"],
     &["generation", "chat", "grammar", "perplexity", "bench"],
+    &["calibrate"],
     &["serve"],
     &["cli"],
 ];

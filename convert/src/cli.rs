@@ -17,6 +17,7 @@ use crate::dry_run::DryRun;
 use crate::error::{Error, Result};
 use crate::pipeline::{Options, Report, convert};
 use crate::recipe::Mix;
+use crate::round::Round;
 use crate::synth::{self, Preset};
 
 #[derive(Parser)]
@@ -55,6 +56,10 @@ struct ConvertArgs {
     /// Importance matrix (GGUF or legacy) that guides the encoding
     #[arg(long, value_name = "FILE")]
     imatrix: Option<PathBuf>,
+    /// How weights are rounded: ggml (as llama-quantize, bit for bit), best (scales and levels refitted together,
+    /// by the imatrix), gptq (the same with error feedback, by the moments of `fewbit calibrate --moments`)
+    #[arg(long, value_name = "HOW", default_value_t = Round::Ggml)]
+    round: Round,
     /// Another block type for the matrices with a name that matches; the first that matches counts
     #[arg(long = "tensor-type", value_name = "REGEX=TYPE", value_parser = tensor_type)]
     tensor_types: Vec<(Regex, BlockType)>,
@@ -146,6 +151,7 @@ fn run_convert(args: &ConvertArgs) -> Result<()> {
     let options = Options {
         overrides: args.tensor_types.clone(),
         imatrix: args.imatrix.clone(),
+        round: args.round,
         threads: args.threads,
         force: args.force,
         allow_requantize: args.allow_requantize,
@@ -236,6 +242,11 @@ fn summary(report: &Report) -> String {
             report.plan.unweighed
         ));
     }
+    for (tensor, expert, tokens) in &report.thin {
+        lines.push(format!(
+            "{tensor}: expert {expert} saw {tokens} tokens and leans on its layer's average"
+        ));
+    }
     if report.tensors_kept > 0 {
         lines.push(format!(
             "went on after {} tensors that an earlier run had written",
@@ -261,6 +272,11 @@ fn as_json(report: &Report) -> String {
         .iter()
         .map(|f| json!({"tensor": f.tensor, "columns": f.columns, "from": f.from.name(), "to": f.to.name()}))
         .collect();
+    let leaning: Vec<_> = report
+        .thin
+        .iter()
+        .map(|(tensor, expert, tokens)| json!({"tensor": tensor, "expert": expert, "tokens": tokens}))
+        .collect();
     json!({
         "file": report.path.display().to_string(),
         "file_bytes": report.plan.layout.file_bytes(),
@@ -269,6 +285,7 @@ fn as_json(report: &Report) -> String {
         "read_bytes": report.bytes_read,
         "gb_s": report.bytes_read as f64 / 1e9 / seconds,
         "without_importance": report.plan.unweighed,
+        "leaning": leaning,
         "tensors_kept": report.tensors_kept,
         "fallbacks": fallbacks,
     })

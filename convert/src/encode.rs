@@ -3,6 +3,8 @@
 use fewbit::quant::BlockType;
 use rayon::prelude::*;
 
+use crate::round::Rounder;
+
 /// Weights that a thread takes at a time, as whole rows.
 const BATCH_WEIGHTS: usize = 32 << 10;
 
@@ -11,7 +13,7 @@ const BATCH_WEIGHTS: usize = 32 << 10;
 const SAFE_PEAKS: std::ops::RangeInclusive<f32> = 1e-15..=16384.0;
 
 /// How a chunk of rows is encoded.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Job<'a> {
     /// Type of the rows as they are stored.
     pub from: BlockType,
@@ -25,6 +27,8 @@ pub struct Job<'a> {
     pub rows_per_expert: usize,
     /// Importance weights, `columns` for each expert.
     pub importance: Option<&'a [f32]>,
+    /// What rounds the rows otherwise than ggml's encoder, made ready for their experts.
+    pub rounder: Option<&'a Rounder<'a>>,
 }
 
 /// A weight that cannot be encoded, by its place in the tensor.
@@ -104,8 +108,13 @@ impl Job<'_> {
         let importance = self
             .importance
             .map(|all| &all[expert * self.columns..][..self.columns]);
-        let encoder = self.to.encoder().expect("checked when planned");
-        encoder(weights, importance, encoded);
+        match self.rounder {
+            Some(rounder) => rounder.encode_row(expert, weights, encoded),
+            None => {
+                let encoder = self.to.encoder().expect("checked when planned");
+                encoder(weights, importance, encoded);
+            }
+        }
         let peak = f32::from_bits(peak);
         if peak == 0.0 || importance.is_none() && SAFE_PEAKS.contains(&peak) {
             return Ok(());

@@ -108,6 +108,14 @@ pub enum Error {
         /// What does not fit.
         what: String,
     },
+    /// Rounding by what the output loses needs to know the inputs.
+    #[error(
+        "--round {round} goes by statistics of the inputs: give --imatrix (fewbit calibrate makes it)"
+    )]
+    NoStatistics {
+        /// The rounding asked for.
+        round: crate::round::Round,
+    },
     /// Quantized weights would be quantized again.
     #[error("{}: {tensor} is already quantized ({kind}): convert from an F16, BF16 or F32 file, or accept the loss with --allow-requantize", path.display())]
     Requantize {

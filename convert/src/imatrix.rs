@@ -19,8 +19,9 @@ use fewbit::quant::BlockType;
 
 use crate::checkpoint::{HEADER_MEMORY, Tensor};
 use crate::error::{Error, Result};
+use crate::round::{AVERAGE_TOKENS, ENOUGH_TOKENS};
 
-/// Largest file that is read: Mixtral 8x22B's has 14 M columns, 56 MB.
+/// Most bytes that are read: Mixtral 8x22B has 14 M columns, 56 MB. (A GGUF file may hold other things too.)
 const MAX_BYTES: u64 = 128 << 20;
 
 /// Most entries of a legacy file: one a matrix, of which Mixtral 8x22B has 561.
@@ -31,6 +32,8 @@ const MAX_ENTRIES: usize = 1 << 16;
 pub struct Imatrix {
     path: PathBuf,
     values: HashMap<String, Vec<f32>>,
+    /// Tokens that each expert saw, where there are several.
+    counts: HashMap<String, Vec<f32>>,
     dataset: Option<String>,
     chunks: u32,
 }
@@ -40,14 +43,11 @@ impl Imatrix {
     pub fn read(path: &Path) -> Result<Imatrix> {
         let file = File::open(path).map_err(Error::io("open", path))?;
         let len = file.metadata().map_err(Error::io("open", path))?.len();
-        if len > MAX_BYTES {
-            return Err(fault(
-                path,
-                format!("{len} bytes are too many for an imatrix"),
-            ));
-        }
         let mut magic = [0; 4];
         let is_gguf = len >= 4 && file.read_exact_at(&mut magic, 0).is_ok() && &magic == b"GGUF";
+        if len > MAX_BYTES && !is_gguf {
+            return Err(too_many(path, len));
+        }
         let imatrix = if is_gguf {
             from_gguf(path, &file)?
         } else {
@@ -88,6 +88,52 @@ impl Imatrix {
         }
     }
 
+    /// As [`of`](Self::of), where experts that saw few tokens lean on their layer's average. This is for
+    /// rounding otherwise than llama-quantize does, which knows nothing of it.
+    ///
+    /// # Errors
+    /// As [`of`](Self::of).
+    pub fn smoothed(&self, tensor: &Tensor) -> Result<Option<Vec<f32>>> {
+        let Some(values) = self.of(tensor)? else {
+            return Ok(None);
+        };
+        let mut values = values.to_vec();
+        let counts = self.counts.get(&tensor.name);
+        let total: f32 = counts.iter().flat_map(|counts| counts.iter()).sum();
+        let Some(counts) = counts.filter(|_| total > 0.0) else {
+            return Ok(Some(values));
+        };
+        let columns = tensor.columns();
+        let mut average = vec![0.0; columns];
+        for (values, &count) in values.chunks_exact(columns).zip(counts) {
+            for (sum, value) in average.iter_mut().zip(values) {
+                *sum += value * count / total;
+            }
+        }
+        for (values, &count) in values.chunks_exact_mut(columns).zip(counts) {
+            if is_thin(count) {
+                let theirs = AVERAGE_TOKENS as f32;
+                for (value, average) in values.iter_mut().zip(&average) {
+                    *value = (*value * count + average * theirs) / (count + theirs);
+                }
+            }
+        }
+        Ok(Some(values))
+    }
+
+    /// The experts that [`smoothed`](Self::smoothed) lets lean: tensor, expert, tokens that it saw.
+    pub fn thin<'a>(
+        &'a self,
+        tensors: &'a [Tensor],
+    ) -> impl Iterator<Item = (&'a str, usize, f32)> + 'a {
+        tensors.iter().flat_map(|tensor| {
+            let counts = self.counts.get(&tensor.name).into_iter().flatten();
+            let counts = counts.copied().enumerate();
+            let thin = counts.filter(|&(_, count)| is_thin(count));
+            thin.map(|(expert, count)| (&tensor.name[..], expert, count))
+        })
+    }
+
     /// The error of an imatrix without importance weights for any of a model's matrices.
     pub fn fits_nothing(&self) -> Error {
         fault(
@@ -113,11 +159,19 @@ impl Imatrix {
     }
 }
 
-fn fault(path: &Path, what: impl Into<String>) -> Error {
+fn is_thin(tokens: f32) -> bool {
+    f64::from(tokens) < ENOUGH_TOKENS
+}
+
+pub(crate) fn fault(path: &Path, what: impl Into<String>) -> Error {
     Error::Imatrix {
         path: path.to_owned(),
         what: what.into(),
     }
+}
+
+fn too_many(path: &Path, len: u64) -> Error {
+    fault(path, format!("{len} bytes are too many for an imatrix"))
 }
 
 /// llama-quantize keeps 127 bytes of such strings.
@@ -153,7 +207,12 @@ fn from_gguf(path: &Path, file: &File) -> Result<Imatrix> {
             pairs.entry(name).or_default()[1] = Some(info);
         }
     }
-    let mut values = HashMap::new();
+    let infos = pairs.values().flatten().flatten();
+    let len = infos.map(|info| info.bytes).sum();
+    if len > MAX_BYTES {
+        return Err(too_many(path, len));
+    }
+    let (mut values, mut tokens) = (HashMap::new(), HashMap::new());
     for (name, pair) in pairs {
         let [Some(sums), Some(counts)] = pair else {
             return Err(fault(
@@ -181,6 +240,9 @@ fn from_gguf(path: &Path, file: &File) -> Result<Imatrix> {
                 .for_each(|sum| *sum = if count > 0.0 { *sum / count } else { 1.0 });
         }
         values.insert(name.to_owned(), sums);
+        if counts.len() > 1 {
+            tokens.insert(name.to_owned(), counts);
+        }
     }
     if values.is_empty() {
         return Err(fault(path, "holds no .in_sum2 tensors: not an imatrix"));
@@ -189,6 +251,7 @@ fn from_gguf(path: &Path, file: &File) -> Result<Imatrix> {
     Ok(Imatrix {
         path: path.to_owned(),
         values,
+        counts: tokens,
         dataset,
         chunks: meta.u32("imatrix.chunk_count")?.unwrap_or(0),
     })
@@ -259,6 +322,7 @@ fn from_legacy(path: &Path, file: &File, len: u64) -> Result<Imatrix> {
     Ok(Imatrix {
         path: path.to_owned(),
         values,
+        counts: HashMap::new(),
         dataset,
         chunks: chunks as u32,
     })

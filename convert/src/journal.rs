@@ -21,6 +21,8 @@ pub struct Fingerprint {
     pub inputs: Vec<InputPrint>,
     /// Types of the tensors, in order. Their names, shapes and the metadata stand in the partial file's header.
     pub types: Vec<String>,
+    /// How weights are rounded.
+    pub round: String,
 }
 
 /// A file, as far as it can be told without reading it.

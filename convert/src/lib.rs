@@ -4,7 +4,7 @@
 //! - [`config`], [`metadata`], [`vocab`]: what goes into the output's metadata
 //! - [`sentencepiece`], [`tokenizer_json`], [`tekken`]: the files that a vocabulary comes in
 //! - [`recipe`], [`plan`]: a type for every tensor; the output, laid out
-//! - [`imatrix`], [`encode`]: rows in, blocks out
+//! - [`imatrix`], [`encode`]: rows in, blocks out; [`moments`], [`round`]: better ones
 //! - [`pipeline`], [`journal`]: reading, encoding and writing at once, in bounded memory; going on after a cut
 //! - [`dry_run`]: what a conversion would give; [`synth`]: files of random weights, for benchmarks
 //! - [`cli`]: the command line
@@ -20,10 +20,12 @@ mod error;
 pub mod imatrix;
 pub mod journal;
 pub mod metadata;
+pub mod moments;
 mod output;
 pub mod pipeline;
 pub mod plan;
 pub mod recipe;
+pub mod round;
 pub mod sentencepiece;
 pub mod synth;
 pub mod tekken;

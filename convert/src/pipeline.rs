@@ -16,15 +16,17 @@ use fewbit::quant::BlockType;
 use indicatif::ProgressBar;
 use regex::Regex;
 
-use crate::checkpoint::{Checkpoint, InputFile, Source};
+use crate::checkpoint::{Checkpoint, InputFile, Source, Tensor};
 use crate::disk;
 use crate::encode::Job;
 use crate::error::{Error, Result};
-use crate::imatrix::Imatrix;
+use crate::imatrix::{self, Imatrix};
 use crate::journal::{Fingerprint, InputPrint, Journal, with_suffix};
+use crate::moments::Moments;
 use crate::output::Output;
 use crate::plan::Plan;
 use crate::recipe::Mix;
+use crate::round::{Round, Rounder};
 
 /// Chunks that wait between two stages.
 const QUEUE: usize = 2;
@@ -38,6 +40,8 @@ pub struct Options {
     pub overrides: Vec<(Regex, BlockType)>,
     /// Importance matrix that guides the encoding.
     pub imatrix: Option<PathBuf>,
+    /// How weights are rounded; anything but ggml's way needs an imatrix.
+    pub round: Round,
     /// Threads that encode; 0 for one a logical CPU.
     pub threads: usize,
     /// Replace an existing output.
@@ -55,10 +59,27 @@ impl Options {
             mix,
             overrides: Vec::new(),
             imatrix: None,
+            round: Round::Ggml,
             threads: 0,
             force: false,
             allow_requantize: false,
             record_every: Duration::from_secs(2),
+        }
+    }
+
+    /// The moments that rounding goes by.
+    fn moments(&self) -> Result<Option<Moments>> {
+        match (self.round, &self.imatrix) {
+            (Round::Ggml, _) => Ok(None),
+            (round, None) => Err(Error::NoStatistics { round }),
+            (Round::Best, Some(_)) => Ok(None),
+            (round, Some(path)) => {
+                let moments = Moments::open(path)?;
+                let what = format!(
+                    "holds no moments, which --round {round} goes by: make it with fewbit calibrate --moments, or take --round best"
+                );
+                moments.map(Some).ok_or_else(|| imatrix::fault(path, what))
+            }
         }
     }
 }
@@ -72,6 +93,8 @@ pub struct Report {
     pub plan: Plan,
     /// Bytes of weights that were read in this run.
     pub bytes_read: u64,
+    /// Experts whose statistics lean on their layer's average: tensor, expert, tokens that it saw.
+    pub thin: Vec<(String, usize, u64)>,
     /// Tensors that an earlier run, cut off, had written.
     pub tensors_kept: usize,
     /// Time that it took.
@@ -97,6 +120,7 @@ pub fn convert(
     let inputs = checkpoint.files.iter().map(|f| f.path.as_path());
     Output::refuse_inputs(output, inputs.chain(options.imatrix.as_deref()))?;
     let imatrix = options.imatrix.as_deref().map(Imatrix::read).transpose()?;
+    let moments = options.moments()?;
     let plan = Plan::new(
         &mut checkpoint,
         options.mix,
@@ -115,6 +139,8 @@ pub fn convert(
         checkpoint: &checkpoint,
         plan: &plan,
         imatrix: imatrix.as_ref(),
+        round: options.round,
+        moments: moments.as_ref(),
         kept,
         progress,
     };
@@ -133,10 +159,15 @@ pub fn convert(
     file.finish()?;
     journal.remove();
     let bytes_read = run.bytes_to_read();
+    let leaning = imatrix.iter().filter(|_| options.round != Round::Ggml);
+    let leaning = leaning.flat_map(|imatrix| imatrix.thin(&checkpoint.tensors));
+    let thin = leaning.map(|(name, expert, tokens)| (name.to_owned(), expert, tokens as u64));
+    let thin = thin.collect();
     Ok(Report {
         path: output.to_owned(),
         plan,
         bytes_read,
+        thin,
         tensors_kept: kept,
         elapsed: started.elapsed(),
     })
@@ -153,6 +184,8 @@ struct Run<'a> {
     checkpoint: &'a Checkpoint,
     plan: &'a Plan,
     imatrix: Option<&'a Imatrix>,
+    round: Round,
+    moments: Option<&'a Moments>,
     kept: usize,
     progress: &'a ProgressBar,
 }
@@ -211,21 +244,32 @@ impl Run<'_> {
         stored: Receiver<Chunk>,
         to_write: SyncSender<Chunk>,
     ) -> Result<()> {
+        let mut rounder = None;
         for chunk in stored {
             let tensor = &self.checkpoint.tensors[chunk.tensor];
+            let kind = self.plan.kinds[chunk.tensor];
             if chunk.first_row == 0 {
                 self.progress.set_message(tensor.name.clone());
+                rounder = match self.imatrix {
+                    Some(imatrix) => Rounder::new(self.round, kind, tensor, imatrix, self.moments)?,
+                    None => None,
+                };
+            }
+            if let Some(rounder) = &mut rounder {
+                let row_bytes = stored_kind(tensor).row_bytes(tensor.columns());
+                let rows = chunk.bytes.len() / row_bytes.expect("checked when opened");
+                let expert = |row: usize| row / tensor.rows_per_expert();
+                let last = expert(chunk.first_row + rows - 1);
+                pool.install(|| rounder.prepare(expert(chunk.first_row)..last + 1))?;
             }
             let job = Job {
-                from: match tensor.source {
-                    Source::Stored { kind, .. } => kind,
-                    Source::Computed(_) => BlockType::F32,
-                },
-                to: self.plan.kinds[chunk.tensor],
+                from: stored_kind(tensor),
+                to: kind,
                 columns: tensor.columns(),
                 first_row: chunk.first_row,
                 rows_per_expert: tensor.rows_per_expert(),
                 importance: self.imatrix.map(|i| i.of(tensor)).transpose()?.flatten(),
+                rounder: rounder.as_ref(),
             };
             let mut bytes = Vec::new();
             pool.install(|| job.encode(&chunk.bytes, &mut bytes))
@@ -256,6 +300,14 @@ impl Run<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// Type of a tensor's rows as they come from the reader.
+fn stored_kind(tensor: &Tensor) -> BlockType {
+    match tensor.source {
+        Source::Stored { kind, .. } => kind,
+        Source::Computed(_) => BlockType::F32,
     }
 }
 
@@ -309,5 +361,6 @@ fn fingerprint(checkpoint: &Checkpoint, plan: &Plan, options: &Options) -> Resul
         version: env!("CARGO_PKG_VERSION").to_owned(),
         inputs,
         types: plan.kinds.iter().map(|k| k.to_string()).collect(),
+        round: options.round.to_string(),
     })
 }

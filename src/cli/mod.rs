@@ -1,6 +1,7 @@
 //! The command line: one file a command.
 
 mod bench;
+mod calibrate;
 mod chat;
 mod common;
 mod experts;
@@ -53,6 +54,8 @@ enum Command {
     Perplexity(perplexity::Args),
     /// Several files of one model side by side: perplexity, divergence, size, speed
     Ladder(ladder::Args),
+    /// What a model's matrices are given, counted for the converter: an imatrix, second moments
+    Calibrate(calibrate::Args),
     /// What a GGUF file holds: metadata, tensors, parameters
     Inspect(inspect::Args),
     /// What goes where in so much memory, and the speed to expect
@@ -73,6 +76,7 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Perplexity(args) => perplexity::run(args),
         Command::Ladder(args) => ladder::run(args),
+        Command::Calibrate(args) => calibrate::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Experts(args) => experts::run(args),

@@ -49,6 +49,16 @@ pub fn expert(layer: usize, part: &str, expert: usize) -> String {
     format!("blk.{layer}.{part}.{expert}.weight")
 }
 
+/// The part that is multiplied with the same activations as `part` and stands for both where these
+/// are described: queries for keys and values, gate for up; others for themselves.
+pub fn same_input(part: &str) -> &str {
+    match part {
+        ATTN_K | ATTN_V => ATTN_Q,
+        FFN_UP => FFN_GATE,
+        part => part,
+    }
+}
+
 /// A block's tensor name, taken apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockName<'a> {

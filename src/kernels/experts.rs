@@ -55,8 +55,18 @@ impl Routes {
         (0..self.starts.len() - 1).filter(|&expert| self.starts[expert] < self.starts[expert + 1])
     }
 
+    /// The token and the weight of the route at `index`.
+    pub fn route(&self, index: usize) -> (usize, f32) {
+        self.routes[index]
+    }
+
+    /// Number of experts, active or not.
+    pub fn experts(&self) -> usize {
+        self.starts.len().saturating_sub(1)
+    }
+
     /// The routes of `expert`, by index.
-    fn of(&self, expert: usize) -> Range<usize> {
+    pub fn of(&self, expert: usize) -> Range<usize> {
         self.starts[expert]..self.starts[expert + 1]
     }
 }

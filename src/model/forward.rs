@@ -1,8 +1,10 @@
 //! The forward pass, on one screen.
 
+use std::ops::Range;
+
 use super::attention::Attention;
 use super::moe::{Routing, choose, choose_present};
-use super::{Config, KvCache, Layer, Model, State};
+use super::{Config, KvCache, Layer, Model, Observer, Site, State};
 use crate::experts::Cache;
 use crate::kernels::experts::feed_forward;
 use crate::kernels::linear::{Into, linear};
@@ -67,6 +69,24 @@ pub fn forward(
     state: &mut State,
     slots: Vec<Slot<'_>>,
 ) -> Result<(), direct::Error> {
+    let layers = 0..model.weights.layers.len();
+    forward_part(model, pool, kernels, phase, state, slots, layers, None)
+}
+
+/// [`forward`] through some layers only: those that begin with the first take up the embedding,
+/// others what `state.x` holds; those that end with the last leave logits, others `state.x`. The
+/// observer, where there is one, sees what the linears are given.
+#[allow(clippy::too_many_arguments)] // the pass's own, and its part
+pub(crate) fn forward_part(
+    model: &Model,
+    pool: &Pool,
+    kernels: &Kernels,
+    phase: Phase,
+    state: &mut State,
+    slots: Vec<Slot<'_>>,
+    part: Range<usize>,
+    mut observer: Option<Observer<'_>>,
+) -> Result<(), direct::Error> {
     let (config, weights) = (&model.config, &model.weights);
     let shape = &config.shape;
     let hidden = shape.hidden;
@@ -95,9 +115,11 @@ pub fn forward(
     assert!(n <= s.batch, "a batch of {n} tokens where {} fit", s.batch);
 
     // x [n, hidden] = rows of the embedding
-    pool.chunks(&mut s.x[..n * hidden], hidden, |t, x| {
-        weights.token_embd.all().decode(tokens[t] as usize, x)
-    });
+    if part.start == 0 {
+        pool.chunks(&mut s.x[..n * hidden], hidden, |t, x| {
+            weights.token_embd.all().decode(tokens[t] as usize, x)
+        });
+    }
     // turns [n, pairs] = cosines and sines of each position
     let pairs = config.rope.dims / 2;
     for span in &spans {
@@ -110,7 +132,8 @@ pub fn forward(
     if let Some(trace) = &mut s.trace {
         trace.begin(n, phase == Phase::Prompt);
     }
-    for (l, layer) in weights.layers.iter().enumerate() {
+    for l in part.clone() {
+        let layer = &weights.layers[l];
         // q [n, heads · head_dim], k and v [n, kv_heads · head_dim] = norm(x) · Wᵀ
         s.normed.fill(pool, kernels, n, |t, out| {
             norm(row(&s.x, t, hidden), &layer.attn_norm, eps, out)
@@ -121,6 +144,9 @@ pub fn forward(
             (&layer.v, &mut s.v[..]),
         ];
         linear(pool, kernels, phase, &s.normed, Into::Set, products);
+        if let Some(see) = &mut observer {
+            see(Site::Attention, &s.normed, None);
+        }
 
         // k, rotated, and v into the caches
         for (span, cache) in spans.iter().zip(&mut caches) {
@@ -147,6 +173,9 @@ pub fn forward(
             Into::Add,
             &mut [(&layer.o, &mut s.x[..])],
         );
+        if let Some(see) = &mut observer {
+            see(Site::AttentionOutput, &s.attended, None);
+        }
 
         // x += Σ weight · expert(norm(x)); dense is one expert of weight 1
         s.normed.fill(pool, kernels, n, |t, out| {
@@ -188,6 +217,13 @@ pub fn forward(
             &mut s.hidden,
             &mut s.x,
         )?;
+        if let Some(see) = &mut observer {
+            see(Site::FeedForward, &s.normed, Some(&s.routes));
+            see(Site::Down, &s.hidden, Some(&s.routes));
+        }
+    }
+    if part.end < weights.layers.len() {
+        return Ok(());
     }
 
     // logits [outputs, vocab] = norm(x) · Wᵀ
@@ -199,6 +235,9 @@ pub fn forward(
             out,
         );
     });
+    if let Some(see) = &mut observer {
+        see(Site::Output, &s.last, None);
+    }
     s.logits.resize(outputs.len() * shape.vocab, 0.0);
     linear(
         pool,

@@ -5,6 +5,7 @@ mod cache;
 mod config;
 mod forward;
 mod moe;
+mod observe;
 mod state;
 mod weights;
 
@@ -13,8 +14,10 @@ use std::path::PathBuf;
 pub use cache::{KvCache, KvKind};
 pub use config::{Config, RopeConfig};
 use forward::Span;
+pub(crate) use forward::forward_part;
 pub use forward::{Slot, forward, hidden_states};
 pub use moe::Routing;
+pub use observe::{Observer, Site};
 pub use state::State;
 pub use weights::{Layer, Placement, Weights};
 

@@ -11,7 +11,7 @@ pub struct State {
     /// Tokens that fit in one pass.
     pub batch: usize,
     /// Residual stream, `[tokens, hidden]`.
-    pub(super) x: Vec<f32>,
+    pub(crate) x: Vec<f32>,
     /// Normed input of attention and of the feed-forward part, `[tokens, hidden]`.
     pub(super) normed: Activations,
     /// Queries, `[tokens, heads · head_dim]`.

@@ -121,7 +121,7 @@ pub(crate) fn unpack_nibbles(qs: &[u8; LEN / 2]) -> [u8; LEN] {
 
 /// Packs the fifth bit of 32 levels.
 #[inline]
-fn pack_fifth_bits(levels: &[u8; LEN]) -> [u8; 4] {
+pub(super) fn pack_fifth_bits(levels: &[u8; LEN]) -> [u8; 4] {
     let bits = levels
         .iter()
         .rev()

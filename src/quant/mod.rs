@@ -17,6 +17,7 @@ mod iq4;
 mod k;
 mod legacy;
 mod mxfp4;
+mod parts;
 mod search;
 
 pub use float::{BF16, F16, F32};
@@ -25,6 +26,7 @@ pub use k::{BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5K, BlockQ6K, Scales16, ScalesAn
 pub use legacy::{BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0};
 pub(crate) use legacy::{unpack_five_bits, unpack_nibbles};
 pub use mxfp4::{BlockMXFP4, MXFP4_DOUBLED};
+pub use parts::{Grid, Parts, Scales};
 
 /// How a tensor's rows are stored, under ggml's names and ids.
 #[allow(non_camel_case_types)] // the field's own names

@@ -31,6 +31,7 @@ mod q6;
 mod search;
 
 pub use pack::{Scales16, ScalesAndMins8};
+pub(super) use pack::{pack_2_bits, pack_4_bits, pack_bit};
 pub use q2::BlockQ2K;
 pub use q3::BlockQ3K;
 pub use q4::BlockQ4K;

@@ -87,7 +87,7 @@ impl Scales16 {
 
 /// Packs the low two bits of each level: byte `32·h + l` holds those of weight `l` of the
 /// stripes `4·h` (lowest) to `4·h + 3` (highest).
-pub(super) fn pack_2_bits(levels: &Super<u8>) -> [u8; 64] {
+pub(in crate::quant) fn pack_2_bits(levels: &Super<u8>) -> [u8; 64] {
     std::array::from_fn(|i| {
         let first = i / 32 * 128 + i % 32;
         (0..4).fold(0, |byte, k| byte | (levels[first + 32 * k] & 3) << (2 * k))
@@ -96,7 +96,7 @@ pub(super) fn pack_2_bits(levels: &Super<u8>) -> [u8; 64] {
 
 /// Packs the low four bits of each level, a byte for each pair of weights `DISTANCE` apart: the
 /// first `DISTANCE` bytes hold the first `2 · DISTANCE` weights, and so on.
-pub(super) fn pack_4_bits<const DISTANCE: usize>(levels: &Super<u8>) -> [u8; 128] {
+pub(in crate::quant) fn pack_4_bits<const DISTANCE: usize>(levels: &Super<u8>) -> [u8; 128] {
     std::array::from_fn(|i| {
         let first = i / DISTANCE * 2 * DISTANCE + i % DISTANCE;
         levels[first] & 15 | levels[first + DISTANCE] << 4
@@ -104,6 +104,6 @@ pub(super) fn pack_4_bits<const DISTANCE: usize>(levels: &Super<u8>) -> [u8; 128
 }
 
 /// Packs one bit of each level: bit `j` of byte `l` is bit `bit` of weight `l` of stripe `j`.
-pub(super) fn pack_bit(levels: &Super<u8>, bit: u8) -> [u8; 32] {
+pub(in crate::quant) fn pack_bit(levels: &Super<u8>, bit: u8) -> [u8; 32] {
     std::array::from_fn(|l| (0..8).fold(0, |byte, j| byte | (levels[32 * j + l] >> bit & 1) << j))
 }
