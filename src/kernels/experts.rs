@@ -136,7 +136,8 @@ impl Layer<'_> {
                             let (mut gates, mut ups) = (Product::new(), Product::new());
                             gates.compute(kernels, phase, gate.slice(range.clone()), x());
                             ups.compute(kernels, phase, up.slice(range.clone()), x());
-                            for ((route, gates), ups) in some.clone().zip(&gates.sums).zip(&ups.sums)
+                            for ((route, gates), ups) in
+                                some.clone().zip(&gates.sums).zip(&ups.sums)
                             {
                                 write(route, range.clone(), gates, ups);
                             }
