@@ -2,8 +2,8 @@
 //!
 //! A row `w` of a matrix meets inputs `x`; if `ŵ` is written in its place, the output is off by
 //! `(w − ŵ)·x`, in the mean square by `(w − ŵ)ᵀ H (w − ŵ)` with the inputs' second moments
-//! `H = Σ x xᵀ` ([`quadratic`]). ggml's encoders see the diagonal of `H` at most, and round each weight to
-//! the level next to it. Here ([`refine`]) their scales are where it begins:
+//! `H = Σ x xᵀ` (`quadratic`). ggml's encoders see the diagonal of `H` at most, and round each weight to
+//! the level next to it. Here (`refine`) their scales are where it begins:
 //!
 //! 1. Error feedback: weights are rounded one after the other, and each takes up what the ones before it
 //!    have lost, as far as their inputs go together (GPTQ, arXiv 2210.17323; in the form of LDLQ,
