@@ -120,11 +120,11 @@ impl DryRun {
             })
         });
         json!({
-            "plan": plan,
             "params_total": self.plan.sizes.params_total(),
             "params_active": self.plan.sizes.params_active(),
             "file_bytes": self.file_bytes(),
             "ram_bytes": self.ram_bytes(),
+            "plan": plan,
             "tensors": self.tensors.iter().enumerate().map(tensor).collect::<Vec<_>>(),
         })
     }

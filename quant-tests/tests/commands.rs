@@ -136,6 +136,7 @@ fn run_prints_the_text_alone_and_the_same_as_json() {
             "tg_tok_s",
             "drafted",
             "accepted",
+            "expert_cache",
         ],
     );
     assert_eq!(
@@ -260,9 +261,13 @@ fn a_context_that_no_memory_holds_is_refused_in_one_line() {
     let output = run(&model, &["-c", "1000000000000", "hi"]);
     assert_eq!(output.status.code(), Some(1));
     let stderr = text(&output.stderr);
-    let (warning, error) = stderr.trim_end().split_once('\n').unwrap();
-    assert!(warning.contains("trained for"), "{warning}");
-    assert!(error.contains("--ctx") && !error.contains('\n'), "{error}");
+    let lines: Vec<&str> = stderr.lines().collect();
+    let &[memory, training, error] = &lines[..] else {
+        panic!("{stderr}");
+    };
+    assert!(memory.contains("does not fit into memory"), "{memory}");
+    assert!(training.contains("trained for"), "{training}");
+    assert!(error.contains("--ctx"), "{error}");
     assert_eq!(error.matches("os error").count(), 1, "{error}");
 }
 

@@ -283,7 +283,7 @@ fn the_memory_given_is_not_exceeded() {
     let memory = 256 << 20;
     assert!(file_bytes > 2 * memory, "{file_bytes}");
     let mut run = std::process::Command::new(binary());
-    let text = "the history of ".repeat(60);
+    let text = "the history of ".repeat(40);
     run.args([
         "run", "-n", "8", "--temp", "0", "--ctx", "512", "--json", "--memory", "256MiB", "-t", "2",
     ]);
@@ -323,7 +323,15 @@ fn a_mapped_file_that_shrinks_is_an_error() {
     use std::process::{Command, Stdio};
     let file = fixture::tiny_mixtral("Q8_0");
     let mut child = Command::new(binary())
-        .args(["chat", "--mmap", "-n", "4", "--template", "mistral", "-m"])
+        .args([
+            "chat",
+            "--mmap",
+            "-n",
+            "4",
+            "--template",
+            "mistral-v1",
+            "-m",
+        ])
         .arg(&file.path)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -337,7 +345,8 @@ fn a_mapped_file_that_shrinks_is_an_error() {
     lines.read_line(&mut answer).unwrap();
     let handle = fs::File::options().write(true).open(&file.path).unwrap();
     handle.set_len(4096).unwrap();
-    input.write_all(b"again\n").unwrap();
+    // It may have ended already: the rest of its first answer needs weights too.
+    let _ = input.write_all(b"again\n");
     drop(input);
     let output = child.wait_with_output().unwrap();
     let error = String::from_utf8_lossy(&output.stderr);

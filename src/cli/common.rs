@@ -220,7 +220,7 @@ impl EngineArgs {
         }
         if engine.fit().is_none() && !self.mmap && self.memory == Memory::Auto {
             note(
-                "fewbit: warning: the model does not fit into memory, even with experts on disk: it is mapped, and slow",
+                "fewbit: warning: with this context the model does not fit into memory, even with experts on disk: it is mapped, and slow",
             );
         }
         Ok(engine)

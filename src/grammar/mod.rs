@@ -1,7 +1,7 @@
 //! Texts that follow a grammar: JSON Schema, regular expressions, Lark and GBNF, by the crate llguidance.
 //!
 //! It tells before each token which of the vocabulary may come next; the sampler rules the others out
-//! ([`Constraint`](crate::sampler::Constraint)). What is left keeps the probabilities that the model gives it.
+//! ([`Constraint`]). What is left keeps the probabilities that the model gives it.
 
 mod gbnf;
 

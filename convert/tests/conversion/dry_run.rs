@@ -158,6 +158,7 @@ fn json_is_one_object_and_the_missing_tokenizer_is_told_apart_from_it() {
             "params_active",
             "file_bytes",
             "ram_bytes",
+            "plan",
             "tensors"
         ]
     );
