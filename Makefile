@@ -10,7 +10,7 @@ RUNGS   := Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0
 FEWBIT  := target/release/fewbit
 CONVERT := target/release/fewbit-convert
 
-.PHONY: demo test check build bench ladder bed chat conformance clean bench-against bench-kernels test-arm
+.PHONY: demo test check build bench ladder bed chat conformance clean bench-against bench-kernels test-arm test-serve
 
 ## Converts the small trained Mixtral in the repository, prints its ladder of perplexities in
 ## five languages, and lets it write.
@@ -24,6 +24,11 @@ test:
 ## The kernels and the forward pass on aarch64, cross-built and emulated; needs gcc for aarch64 and qemu-user.
 test-arm:
 	quant-tests/arm/run.sh
+
+## The server with the openai package, Chromium on its page, and a crowd of clients; needs Python with venv and Chromium.
+SECONDS_OF_LOAD ?= 120
+test-serve:
+	quant-tests/serve/run.sh $(SECONDS_OF_LOAD)
 
 ## What must be clean before every commit.
 check:
