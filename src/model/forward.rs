@@ -204,6 +204,8 @@ pub(crate) fn forward_part(
         if let Some(trace) = &mut s.trace {
             trace.layer(&active);
         }
+        // The visit first: it is compared with what was expected of it, which then makes place.
+        let visit = weights.experts.visit(l, &active);
         if let (Some(cache), Some(next)) = (weights.experts.cache(), weights.layers.get(l + 1)) {
             expect(cache, (l + 1, next), config, pool, kernels, n, s);
         }
@@ -211,7 +213,7 @@ pub(crate) fn forward_part(
             pool,
             kernels,
             phase,
-            weights.experts.visit(l, &active),
+            visit,
             &s.routes,
             &s.normed,
             &mut s.hidden,
