@@ -22,7 +22,7 @@ from common import Server
 SUBJECTS = ["the sea", "a bridge", "bread", "the moon", "a clock", "winter", "a letter", "the river", "salt", "a garden"]
 WISHES = ["Tell me about {}.", "Write a short poem about {}.", "What is {} made of?", "Explain {} to a child."]
 PROMPTS = [wish.format(subject) for wish in WISHES for subject in SUBJECTS]
-TOKENS = 48
+TOKENS = 32
 
 
 def ask(prompt):
@@ -100,7 +100,7 @@ async def watch(server, samples, until):
 
 async def run(server, clients, seconds):
     # The package opens up to 1000 connections by itself.
-    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600)
     alone = {prompt: await read(client, prompt) for prompt in PROMPTS}
     counts = dict.fromkeys(["plain", "slow", "cut", "nonsense", "refused", "failed", "different"], 0)
     samples = []
