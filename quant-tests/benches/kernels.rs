@@ -19,7 +19,7 @@ use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput};
 use fewbit::kernels::activations::{SCALE_LEN, SUM_LEN};
 use fewbit::kernels::limits::Limits;
-use fewbit::kernels::{Activation, Activations, Kernels, Phase, TILE_ROWS, TILE_TOKENS};
+use fewbit::kernels::{Activation, Activations, Kernels, STREAMS, TILE_ROWS, TILE_TOKENS};
 use fewbit::quant::BlockType;
 use fewbit::tensor::Rows;
 use fewbit::threads::Pool;
@@ -121,11 +121,23 @@ fn decode(criterion: &mut Criterion, kernels: &Kernels, limit: f64) {
         let stride = kind.row_bytes(COLS).expect("blocks fill the row");
         for (place, size, limit) in [("memory", MEMORY, Some(limit)), ("cache", CACHE, None)] {
             let rows = Rows::new(kind, COLS, &bytes[..size / stride * stride]).expect("whole rows");
-            let mut out = vec![0.0; rows.len()];
-            group.throughput(Throughput::BytesDecimal(rows.bytes.len() as u64));
-            let (name, amount) = (format!("{kind}/{place}"), rows.bytes.len() as f64);
+            // As the forward pass goes through a matrix: four streams, side by side.
+            let quarter = rows.len() / STREAMS;
+            let mut out = [[[0.0; TILE_ROWS]; STREAMS]];
+            group.throughput(Throughput::BytesDecimal(
+                (STREAMS * quarter * stride) as u64,
+            ));
+            let (name, amount) = (
+                format!("{kind}/{place}"),
+                (STREAMS * quarter * stride) as f64,
+            );
             measure(&mut group, &name, amount, limit, || {
-                kernels.dot_rows(rows, x.row(0), black_box(&mut out));
+                for start in (0..quarter).step_by(TILE_ROWS) {
+                    let end = (start + TILE_ROWS).min(quarter);
+                    let run = |k| rows.slice(k * quarter + start..k * quarter + end);
+                    let runs: [Rows; STREAMS] = std::array::from_fn(run);
+                    kernels.dots(&runs, &[x.row(0)], black_box(&mut out));
+                }
             });
         }
     }
@@ -148,7 +160,7 @@ fn prompt(criterion: &mut Criterion, kernels: &Kernels, limit: f64) {
             operations as f64,
             Some(limit),
             || {
-                kernels.product(Phase::Prompt, rows, &x, black_box(&mut out));
+                kernels.product(rows, &x, black_box(&mut out));
             },
         );
     }

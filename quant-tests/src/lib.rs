@@ -2,4 +2,5 @@
 
 pub mod allocator;
 pub mod fixture;
+pub mod products;
 pub mod rows;

@@ -6,6 +6,7 @@ use fewbit::quant::BlockType;
 use fewbit::tensor::Rows;
 use fewbit::threads::Pool;
 use half::{bf16, f16};
+use quant_tests::products::products;
 use rand::rngs::ChaCha8Rng;
 use rand::{Rng, RngExt, SeedableRng};
 
@@ -162,8 +163,7 @@ fn dots(kernels: &Kernels, rows: Rows<'_>, x: Activation<'_>) -> Vec<f32> {
 
 /// The products of a tile as a prompt has them, one row a token.
 fn tile(kernels: &Kernels, rows: Rows<'_>, x: &[Activation<'_>]) -> Vec<Vec<f32>> {
-    let mut out = vec![[f32::NAN; TILE_ROWS]; x.len()];
-    kernels.product(Phase::Prompt, rows, x, &mut out);
+    let out = products(kernels, Phase::Prompt, rows, x);
     out.iter().map(|sums| sums[..rows.len()].to_vec()).collect()
 }
 
@@ -576,8 +576,7 @@ fn damage_shows_in_every_product() {
                 let x = all_activations(kernels, 256, &x.repeat(20));
                 let x: Vec<_> = (0..20).map(|t| x.row(t)).collect();
                 [Phase::Prompt, Phase::Generate].map(|phase| {
-                    let mut out = vec![[0.0; TILE_ROWS]; 20];
-                    kernels.product(phase, rows, &x, &mut out);
+                    let out = products(kernels, phase, rows, &x);
                     out.iter()
                         .map(|out| [0, 1, 2].map(|r| out[r].is_nan()))
                         .collect::<Vec<_>>()

@@ -1,10 +1,11 @@
 //! Loud columns: which they are, and that every product has them.
 
 use fewbit::kernels::activations::SCALE_LEN;
-use fewbit::kernels::{Activation, Activations, COLUMNS_A_LOUD, Kernels, LOUD, Phase, TILE_ROWS};
+use fewbit::kernels::{Activation, Activations, COLUMNS_A_LOUD, Kernels, LOUD, Phase};
 use fewbit::quant::BlockType;
 use fewbit::tensor::Rows;
 use fewbit::threads::Pool;
+use quant_tests::products::products;
 use rand::rngs::ChaCha8Rng;
 use rand::{Rng, RngExt, SeedableRng};
 
@@ -143,8 +144,7 @@ fn products_have_the_loud_columns_wherever_they_lie() {
                 let x = filled(kernels, cols, &x);
                 let x: Vec<_> = (0..tokens).map(|token| x.row(token)).collect();
                 for phase in [Phase::Prompt, Phase::Generate] {
-                    let mut out = vec![[f32::NAN; TILE_ROWS]; tokens];
-                    kernels.product(phase, rows, &x, &mut out);
+                    let out = products(kernels, phase, rows, &x);
                     for (x, out) in x.iter().zip(&out) {
                         assert!(!x.loud.is_empty());
                         for (r, &out) in out[..7].iter().enumerate() {

@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use super::linear::{Cut, Dots, FEW_TOKENS, Out, Product, Runs, chunks, multiply};
+use super::linear::{Cut, Dots, FEW_TOKENS, Out, Runs, TileProducts, chunks, multiply};
 use super::{Activations, Kernels, Phase, TILE_ROWS, TILE_TOKENS};
 use crate::experts::Visit;
 use crate::tensor::Rows;
@@ -143,9 +143,9 @@ impl Layer<'_> {
                     for range in ranges {
                         for some in chunks(routes.of(expert), TILE_TOKENS) {
                             let x = || some.clone().map(|route| x.row(routes.routes[route].0));
-                            let (mut gates, mut ups) = (Product::new(), Product::new());
-                            gates.compute(kernels, phase, gate.slice(range.clone()), x());
-                            ups.compute(kernels, phase, up.slice(range.clone()), x());
+                            let (mut gates, mut ups) = (TileProducts::new(), TileProducts::new());
+                            gates.compute(kernels, gate.slice(range.clone()), x());
+                            ups.compute(kernels, up.slice(range.clone()), x());
                             for ((route, gates), ups) in
                                 some.clone().zip(&gates.sums).zip(&ups.sums)
                             {

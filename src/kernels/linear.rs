@@ -81,9 +81,9 @@ pub(super) fn multiply<'a>(
         Phase::Prompt => {
             for part in parts {
                 for some in chunks(tokens.clone(), TILE_TOKENS) {
-                    let mut product = Product::new();
+                    let mut product = TileProducts::new();
                     let rows = rows.slice(part.clone());
-                    product.compute(kernels, phase, rows, some.clone().map(&x));
+                    product.compute(kernels, rows, some.clone().map(&x));
                     for (token, sums) in some.zip(&product.sums) {
                         write(token, part.clone(), sums);
                     }
@@ -157,54 +157,26 @@ pub(super) fn chunks(range: Range<usize>, most: usize) -> impl Iterator<Item = R
     (0..chunks).map(move |i| start + i * len / chunks..start + (i + 1) * len / chunks)
 }
 
-/// Storage on the stack for the product of a tile with up to [`TILE_TOKENS`] tokens.
-pub(super) struct Product<'a> {
-    x: ArrayVec<Activation<'a>, TILE_TOKENS>,
-    /// The product, `[tokens][rows]`.
-    pub(super) sums: ArrayVec<[f32; TILE_ROWS], TILE_TOKENS>,
-}
-
-impl<'a> Product<'a> {
-    #[inline]
-    pub(super) fn new() -> Self {
-        Self {
-            x: ArrayVec::new_const(),
-            sums: ArrayVec::new_const(),
-        }
-    }
-
-    /// Computes it.
-    pub(super) fn compute(
-        &mut self,
-        kernels: &Kernels,
-        phase: Phase,
-        rows: Rows<'_>,
-        x: impl Iterator<Item = Activation<'a>>,
-    ) {
-        self.x.clear();
-        self.sums.clear();
-        for x in x {
-            self.x.push(x);
-            self.sums.push([0.0; TILE_ROWS]);
-        }
-        kernels.product(phase, rows, &self.x, &mut self.sums);
-    }
-}
-
 /// Tokens of generation that rows are multiplied with at a time.
 pub(super) const FEW_TOKENS: usize = 16;
 
 /// Runs of rows that are multiplied side by side.
 pub(super) type Runs<'a> = ArrayVec<Rows<'a>, STREAMS>;
 
-/// Storage on the stack for the products of runs of rows with up to [`FEW_TOKENS`] tokens.
-pub(super) struct Dots<'a> {
-    x: ArrayVec<Activation<'a>, FEW_TOKENS>,
-    /// The products, `[tokens][runs][rows]`.
-    pub(super) sums: ArrayVec<Sums, FEW_TOKENS>,
+/// Storage on the stack for the products of up to `TOKENS` tokens, each of which has a `T` of them.
+pub(super) struct Products<'a, T, const TOKENS: usize> {
+    x: ArrayVec<Activation<'a>, TOKENS>,
+    /// The products.
+    pub(super) sums: ArrayVec<T, TOKENS>,
 }
 
-impl<'a> Dots<'a> {
+/// Products of a tile with tokens of a prompt, `[tokens][rows]`.
+pub(super) type TileProducts<'a> = Products<'a, [f32; TILE_ROWS], TILE_TOKENS>;
+
+/// Products of runs of rows with tokens of generation, `[tokens][runs][rows]`.
+pub(super) type Dots<'a> = Products<'a, Sums, FEW_TOKENS>;
+
+impl<'a, T: Copy, const TOKENS: usize> Products<'a, T, TOKENS> {
     #[inline]
     pub(super) fn new() -> Self {
         Self {
@@ -213,17 +185,38 @@ impl<'a> Dots<'a> {
         }
     }
 
-    /// Computes them.
+    /// Takes the tokens in, with products that are still `zero`.
+    #[inline]
+    fn take(&mut self, x: impl Iterator<Item = Activation<'a>>, zero: T) {
+        for x in x {
+            self.x.push(x);
+            self.sums.push(zero);
+        }
+    }
+}
+
+impl<'a> TileProducts<'a> {
+    /// Multiplies a tile with each of `x`.
+    pub(super) fn compute(
+        &mut self,
+        kernels: &Kernels,
+        rows: Rows<'_>,
+        x: impl Iterator<Item = Activation<'a>>,
+    ) {
+        self.take(x, [0.0; TILE_ROWS]);
+        kernels.product(rows, &self.x, &mut self.sums);
+    }
+}
+
+impl<'a> Dots<'a> {
+    /// Multiplies runs of rows with each of `x`.
     pub(super) fn compute(
         &mut self,
         kernels: &Kernels,
         runs: &[Rows<'_>],
         x: impl Iterator<Item = Activation<'a>>,
     ) {
-        for x in x {
-            self.x.push(x);
-            self.sums.push([[0.0; TILE_ROWS]; STREAMS]);
-        }
+        self.take(x, [[0.0; TILE_ROWS]; STREAMS]);
         kernels.dots(runs, &self.x, &mut self.sums);
     }
 }

@@ -187,17 +187,11 @@ impl Kernels {
         }
     }
 
-    /// `out[t][r] = rows[r] · x[t]` for up to [`TILE_ROWS`] rows, by the kernels of `phase`;
-    /// what lies beyond the last row is left undefined.
-    pub fn product(
-        &self,
-        phase: Phase,
-        rows: Rows<'_>,
-        x: &[Activation<'_>],
-        out: &mut [[f32; TILE_ROWS]],
-    ) {
+    /// `out[t][r] = rows[r] · x[t]` for up to [`TILE_ROWS`] rows: what [`Phase::Prompt`] takes. What lies
+    /// beyond the last row is left undefined.
+    pub fn product(&self, rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TILE_ROWS]]) {
         debug_assert_eq!(x.len(), out.len());
-        match (self.tile)(rows.kind).filter(|_| phase == Phase::Prompt) {
+        match (self.tile)(rows.kind) {
             Some(tile) => tile(rows, x, out),
             None => {
                 for (x, out) in x.iter().zip(out) {

@@ -1,0 +1,26 @@
+//! Products as either phase of the forward pass has them.
+
+use fewbit::kernels::{Activation, Kernels, Phase, STREAMS, TILE_ROWS};
+use fewbit::tensor::Rows;
+
+/// `out[t][r] = rows[r] · x[t]` for up to [`TILE_ROWS`] rows; what lies beyond the last is no number.
+/// Of generation these are the first of four like runs.
+pub fn products(
+    kernels: &Kernels,
+    phase: Phase,
+    rows: Rows<'_>,
+    x: &[Activation<'_>],
+) -> Vec<[f32; TILE_ROWS]> {
+    match phase {
+        Phase::Prompt => {
+            let mut out = vec![[f32::NAN; TILE_ROWS]; x.len()];
+            kernels.product(rows, x, &mut out);
+            out
+        }
+        Phase::Generate => {
+            let mut out = vec![[[f32::NAN; TILE_ROWS]; STREAMS]; x.len()];
+            kernels.dots(&[rows; STREAMS], x, &mut out);
+            out.iter().map(|runs| runs[0]).collect()
+        }
+    }
+}
