@@ -19,7 +19,7 @@ use crate::kernels::Kernels;
 use crate::model::{KvKind, Routing};
 use crate::perplexity::{Chunks, Estimate};
 use crate::plan::fit::usual_context;
-use crate::plan::memory::Memory;
+use crate::plan::memory::{Memory, in_kib};
 use crate::quant::BlockType;
 use crate::tensor::{fault, warm};
 use crate::threads::CpuSet;
@@ -498,13 +498,7 @@ pub fn own_rss_bytes() -> Option<u64> {
 /// A size that Linux says of this process.
 fn status_bytes(key: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
-    line.trim()
-        .strip_suffix("kB")?
-        .trim()
-        .parse::<u64>()
-        .ok()
-        .map(|kib| kib * 1024)
+    in_kib(&status, key)
 }
 
 /// Lets [`peak_rss_bytes`] start again from what is resident now, where the system can.

@@ -1,7 +1,7 @@
 //! Texts through a model layer by layer: every weight is read once, whatever the texts' length.
 
 use std::io;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use super::{Engine, Error, Session};
 use crate::kernels::Phase;
@@ -73,7 +73,7 @@ impl Walk {
             for part in text.chunks(engine.batch) {
                 let x = &mut self.x[at..at + part.len() * hidden];
                 at += x.len();
-                let mut state = engine.state.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut state = engine.lock();
                 state.x[..x.len()].copy_from_slice(x);
                 let slot = Slot {
                     cache: &mut self.session.cache,

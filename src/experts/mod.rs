@@ -11,7 +11,6 @@ pub mod trace;
 
 pub use cache::{Cache, Counters};
 
-use crate::quant::BlockType;
 use crate::tensor::direct::Error;
 use crate::tensor::{Extent, Matrix, Rows};
 
@@ -51,21 +50,6 @@ pub enum Experts {
 }
 
 impl Experts {
-    /// Whether every matrix is of that type.
-    pub fn are_all(&self, kind: BlockType) -> bool {
-        let is = |extent: &Extent| extent.kind == kind;
-        match self {
-            Self::Resident(layers) => {
-                let mut all = layers.iter().flatten().flat_map(Expert::parts);
-                all.all(|matrix| is(matrix.extent()))
-            }
-            Self::Cached(cache) => {
-                let mut all = cache.layers().iter().flatten().flat_map(Expert::parts);
-                all.all(is)
-            }
-        }
-    }
-
     /// Bytes of an expert, by layer.
     pub fn layer_bytes(&self) -> Vec<u64> {
         let bytes = |extents: [&Extent; 3]| extents.map(|e| e.bytes() as u64).iter().sum();

@@ -6,7 +6,6 @@ use super::{Config, Error};
 use crate::experts::{Cache, Expert, Experts, policy};
 use crate::gguf::{Gguf, TensorInfo, names};
 use crate::plan::fit::Slots;
-use crate::quant::BlockType;
 use crate::tensor::direct::Files;
 use crate::tensor::{self, Extent, Mapped, Matrix};
 
@@ -125,17 +124,6 @@ impl Weights {
             layers,
             experts,
         })
-    }
-
-    /// Whether no matrix is rounded below 32 bits.
-    pub fn are_f32(&self) -> bool {
-        let layers = self
-            .layers
-            .iter()
-            .flat_map(|layer| [&layer.q, &layer.k, &layer.v, &layer.o]);
-        let mut matrices = layers;
-        self.experts.are_all(BlockType::F32)
-            && matrices.all(|matrix| matrix.extent().kind == BlockType::F32)
     }
 }
 

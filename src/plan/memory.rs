@@ -92,8 +92,8 @@ fn confined() -> Option<u64> {
     Some(limit.saturating_sub(current.saturating_sub(files)))
 }
 
-/// A line `key: number kB`.
-fn in_kib(text: &str, key: &str) -> Option<u64> {
+/// Bytes of a line `key: number kB`, as Linux writes them in `/proc`.
+pub fn in_kib(text: &str, key: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(key))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
