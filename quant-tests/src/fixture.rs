@@ -24,6 +24,20 @@ pub fn text(language: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
+/// The `fewbit` binary beside the tests.
+pub fn binary() -> PathBuf {
+    let test = std::env::current_exe().expect("a running test has a path");
+    let profile = test.parent().and_then(Path::parent);
+    let profile = profile.expect("tests lie in a folder of the profile's");
+    let binary = profile.join(format!("fewbit{}", std::env::consts::EXE_SUFFIX));
+    assert!(
+        binary.is_file(),
+        "{} is not built; `cargo test` without -p builds it, as does `cargo build`",
+        binary.display()
+    );
+    binary
+}
+
 /// A model file in a folder of its own, deleted when dropped.
 pub struct ModelFile {
     _dir: TempDir,

@@ -2,25 +2,12 @@
 //! exit codes. Run on the trained fixture.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use fewbit::gguf::{Array, Value};
-use quant_tests::fixture::{self, ModelFile, Parts};
+use quant_tests::fixture::{self, ModelFile, Parts, binary};
 use serde_json::Value as Json;
-
-/// The `fewbit` binary beside these tests.
-fn binary() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let profile = test.parent().and_then(Path::parent).unwrap();
-    let binary = profile.join(format!("fewbit{}", std::env::consts::EXE_SUFFIX));
-    assert!(
-        binary.is_file(),
-        "{} is not built; `cargo test` without -p builds it, as does `cargo build`",
-        binary.display()
-    );
-    binary
-}
 
 fn model() -> ModelFile {
     fixture::tiny_mixtral("Q8_0")

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 
 use fewbit::engine::{Engine, Loading, Options};
@@ -12,7 +13,7 @@ use fewbit::plan::fit::Fit;
 use fewbit::plan::memory::Memory;
 use fewbit_convert::config::ModelConfig;
 use fewbit_convert::synth::{self, Preset};
-use quant_tests::fixture::{self, Parts};
+use quant_tests::fixture::{self, Parts, binary};
 use tempfile::TempDir;
 
 const CONTEXT: usize = 256;
@@ -214,17 +215,13 @@ fn too_little_memory_says_how_much_is_needed() {
     Engine::load(&file.path, &options(least)).unwrap();
 }
 
-/// The `fewbit` binary beside these tests.
-fn binary() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let profile = test.parent().and_then(Path::parent).unwrap();
-    let binary = profile.join(format!("fewbit{}", std::env::consts::EXE_SUFFIX));
-    assert!(
-        binary.is_file(),
-        "{} is not built; `cargo test` without -p builds it, as does `cargo build`",
-        binary.display()
-    );
-    binary
+/// What a command that succeeds prints with `--json`.
+#[track_caller]
+fn json_of(command: &mut Command) -> serde_json::Value {
+    let output = command.output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+    serde_json::from_slice(&output.stdout).unwrap()
 }
 
 /// Six times as large as the memory that it gets.
@@ -282,7 +279,7 @@ fn the_memory_given_is_not_exceeded() {
     let file_bytes = fs::metadata(&path).unwrap().len();
     let memory = 256 << 20;
     assert!(file_bytes > 2 * memory, "{file_bytes}");
-    let mut run = std::process::Command::new(binary());
+    let mut run = Command::new(binary());
     let text = "the history of ".repeat(40);
     run.args([
         "run", "-n", "8", "--temp", "0", "--ctx", "512", "--json", "--memory", "256MiB", "-t", "2",
@@ -304,7 +301,7 @@ fn the_memory_given_is_not_exceeded() {
     assert!(peak > memory / 2, "{peak} bytes were resident of {memory}");
 
     // Mapped, the same takes more: the test can tell.
-    let mut run = std::process::Command::new(binary());
+    let mut run = Command::new(binary());
     run.args([
         "run", "-n", "8", "--temp", "0", "--ctx", "512", "--json", "--mmap", "-t", "2",
     ]);
@@ -320,7 +317,7 @@ fn the_memory_given_is_not_exceeded() {
 #[test]
 fn a_mapped_file_that_shrinks_is_an_error() {
     use std::io::{BufRead, BufReader, Write};
-    use std::process::{Command, Stdio};
+    use std::process::Stdio;
     let file = fixture::tiny_mixtral("Q8_0");
     let mut child = Command::new(binary())
         .args([
@@ -362,39 +359,25 @@ fn a_recorded_run_is_replayed() {
     let folder = TempDir::new().unwrap();
     let file = fixture::tiny_mixtral("Q8_0");
     let trace = folder.path().join("trace.jsonl");
-    let run = std::process::Command::new(binary())
-        .args([
-            "run",
-            "-n",
-            "40",
-            "--temp",
-            "0",
-            "--json",
-            "The history of",
-            "--trace-experts",
-        ])
-        .arg(&trace)
-        .arg("-m")
-        .arg(&file.path)
-        .output()
-        .unwrap();
-    assert!(
-        run.status.success(),
-        "{}",
-        String::from_utf8_lossy(&run.stderr)
-    );
+    let mut run = Command::new(binary());
+    run.args([
+        "run",
+        "-n",
+        "40",
+        "--temp",
+        "0",
+        "--json",
+        "The history of",
+        "--trace-experts",
+    ])
+    .arg(&trace)
+    .arg("-m")
+    .arg(&file.path);
+    json_of(&mut run);
     let replay = |slots: &str| -> serde_json::Value {
-        let output = std::process::Command::new(binary())
-            .args(["experts", "replay", "--json", "--slots", slots])
-            .arg(&trace)
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        serde_json::from_slice(&output.stdout).unwrap()
+        let mut replay = Command::new(binary());
+        replay.args(["experts", "replay", "--json", "--slots", slots]);
+        json_of(replay.arg(&trace))
     };
     let rates = |json: &serde_json::Value| -> Vec<(String, f64)> {
         let policies = json["policies"].as_array().unwrap().iter();
@@ -427,25 +410,10 @@ fn the_plan_is_what_happens() {
     let file = fixture::tiny_mixtral("Q4_K_M");
     let (least, slot) = least(&file.path);
     let memory = least + 2 * slot;
-    let output = std::process::Command::new(binary())
-        .args([
-            "plan",
-            "--json",
-            "--ctx",
-            "256",
-            "--memory",
-            &memory.to_string(),
-            "-m",
-        ])
-        .arg(&file.path)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let mut plan = Command::new(binary());
+    let size = memory.to_string();
+    plan.args(["plan", "--json", "--ctx", "256", "--memory", &size, "-m"]);
+    let plan = json_of(plan.arg(&file.path));
     let engine = load(&file.path, Memory::Bytes(memory), 1);
     let slots = engine.fit().unwrap().slots.as_ref().unwrap();
     assert_eq!(plan["slots"], slots.count());
@@ -453,7 +421,7 @@ fn the_plan_is_what_happens() {
     assert!(plan["disk_gb_s"].as_f64().unwrap() > 0.0 && plan["tok_s"].as_f64().unwrap() > 0.0);
     assert!(plan["read_bytes_per_token"].as_f64().unwrap() > 0.0);
 
-    let refused = std::process::Command::new(binary())
+    let refused = Command::new(binary())
         .args(["plan", "--memory", "1MiB", "-m"])
         .arg(&file.path)
         .output()

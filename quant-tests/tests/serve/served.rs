@@ -2,24 +2,12 @@
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use quant_tests::fixture::binary;
 use serde_json::Value as Json;
-
-/// The `fewbit` binary beside these tests.
-pub fn binary() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let profile = test.parent().and_then(Path::parent).unwrap();
-    let binary = profile.join(format!("fewbit{}", std::env::consts::EXE_SUFFIX));
-    assert!(
-        binary.is_file(),
-        "{} is not built; `cargo test` without -p builds it",
-        binary.display()
-    );
-    binary
-}
 
 /// A running `fewbit serve`; killed when dropped.
 pub struct Served {
