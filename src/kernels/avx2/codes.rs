@@ -26,6 +26,12 @@ pub(super) trait SmallBlock: Codes {
     /// Whether there is a minimum.
     const MINIMUM: bool = false;
 
+    /// The codes of two blocks: the first halves of both, then the second halves.
+    ///
+    /// # Safety
+    /// The CPU has AVX2.
+    unsafe fn pair(first: &Self, second: &Self) -> [__m256i; 2];
+
     /// The scales of up to 8 blocks, a lane a block, and any numbers behind:
     /// `weight = scale · code − minimum`.
     ///
@@ -51,6 +57,51 @@ fn nibbles(qs: &[u8; 16]) -> __m256i {
     _mm256_and_si256(_mm256_srlv_epi32(twice, shifts), _mm256_set1_epi8(15))
 }
 
+/// 32 levels of each of two blocks: the low nibbles of both, then the high ones.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn nibble_pair(first: &[u8; 16], second: &[u8; 16]) -> [__m256i; 2] {
+    let both = _mm256_set_m128i(load_16(second), load_16(first));
+    let nibble = _mm256_set1_epi8(15);
+    let high = _mm256_srli_epi16::<4>(both);
+    [
+        _mm256_and_si256(both, nibble),
+        _mm256_and_si256(high, nibble),
+    ]
+}
+
+/// 32 bytes of each of two blocks: the first halves of both, then the second halves.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn by_halves(first: &[i8; 32], second: &[i8; 32]) -> [__m256i; 2] {
+    let first: &[[u8; 16]; 2] = bytemuck::cast_ref(first);
+    let second: &[[u8; 16]; 2] = bytemuck::cast_ref(second);
+    [
+        _mm256_set_m128i(load_16(&second[0]), load_16(&first[0])),
+        _mm256_set_m128i(load_16(&second[1]), load_16(&first[1])),
+    ]
+}
+
+/// 16 in each byte whose bit is set, of two blocks: their first halves, then their second halves.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fifth_bit_pair(first: [u8; 4], second: [u8; 4]) -> [__m256i; 2] {
+    let (first, second) = (u32::from_le_bytes(first), u32::from_le_bytes(second));
+    let both = _mm256_set1_epi64x((u64::from(first) | u64::from(second) << 32) as i64);
+    // The bytes that the first halves' bits are in: two of each block.
+    let bytes = _mm256_setr_epi64x(
+        0,
+        0x0101_0101_0101_0101,
+        0x0404_0404_0404_0404,
+        0x0505_0505_0505_0505,
+    );
+    let next = _mm256_add_epi8(bytes, _mm256_set1_epi8(2));
+    [
+        of_bits(_mm256_shuffle_epi8(both, bytes)),
+        of_bits(_mm256_shuffle_epi8(both, next)),
+    ]
+}
+
 /// 16 in each byte whose bit is set.
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -64,9 +115,38 @@ fn fifth_bits(qh: [u8; 4]) -> __m256i {
             0x0303_0303_0303_0303,
         ),
     );
+    of_bits(spread)
+}
+
+/// 16 in byte `i` where its bit `i % 8` is set.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn of_bits(bytes: __m256i) -> __m256i {
     let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
-    let set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
+    let set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
     _mm256_and_si256(set, _mm256_set1_epi8(16))
+}
+
+/// The levels of five bits of two blocks, likewise.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn five_bit_pair(
+    [first, second]: [&[u8; 16]; 2],
+    [first_fifths, second_fifths]: [[u8; 4]; 2],
+) -> [__m256i; 2] {
+    let [low, high] = nibble_pair(first, second);
+    let [low_fifths, high_fifths] = fifth_bit_pair(first_fifths, second_fifths);
+    [
+        _mm256_or_si256(low, low_fifths),
+        _mm256_or_si256(high, high_fifths),
+    ]
+}
+
+/// What four bits stand for in a table, in two registers.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn look_up_pair(table: &[i8; 16], [a, b]: [__m256i; 2]) -> [__m256i; 2] {
+    [look_up(table, a), look_up(table, b)]
 }
 
 /// What four bits stand for in a table.
@@ -149,8 +229,14 @@ fn halves<B>(blocks: &[B], half: impl Fn(&B) -> F16) -> __m256 {
 }
 
 macro_rules! small_block {
-    ($($block:ty, scale $d:ident $(, offset $m:ident)?;)*) => {$(
+    ($($block:ty, scale $d:ident $(, offset $m:ident)?, |$first:ident, $second:ident| $pair:expr;)*) => {$(
         impl SmallBlock for $block {
+            #[inline]
+            #[target_feature(enable = "avx2")]
+            unsafe fn pair($first: &Self, $second: &Self) -> [__m256i; 2] {
+                $pair
+            }
+
             #[inline]
             #[target_feature(enable = "avx2,f16c")]
             unsafe fn scales(blocks: &[Self]) -> __m256 {
@@ -171,15 +257,21 @@ macro_rules! small_block {
 }
 
 small_block! {
-    BlockQ4_0, scale d;
-    BlockQ4_1, scale d, offset m;
-    BlockQ5_0, scale d;
-    BlockQ5_1, scale d, offset m;
-    BlockQ8_0, scale d;
-    BlockIQ4NL, scale d;
+    BlockQ4_0, scale d, |a, b| nibble_pair(&a.qs, &b.qs);
+    BlockQ4_1, scale d, offset m, |a, b| nibble_pair(&a.qs, &b.qs);
+    BlockQ5_0, scale d, |a, b| five_bit_pair([&a.qs, &b.qs], [a.qh, b.qh]);
+    BlockQ5_1, scale d, offset m, |a, b| five_bit_pair([&a.qs, &b.qs], [a.qh, b.qh]);
+    BlockQ8_0, scale d, |a, b| by_halves(&a.qs, &b.qs);
+    BlockIQ4NL, scale d, |a, b| look_up_pair(&IQ4_VALUES, nibble_pair(&a.qs, &b.qs));
 }
 
 impl SmallBlock for BlockMXFP4 {
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn pair(first: &Self, second: &Self) -> [__m256i; 2] {
+        look_up_pair(&MXFP4_DOUBLED, nibble_pair(&first.qs, &second.qs))
+    }
+
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn scales(blocks: &[Self]) -> __m256 {

@@ -10,18 +10,18 @@
 //!                 widens them; the unit once for the whole block
 //! ```
 //!
-//! A row has several accumulators, so that chains of additions overlap; which block or stripe
-//! goes to which is fixed.
+//! Rows of small blocks go side by side, and each gives the bits that it gives alone; for super-blocks,
+//! which need more registers, that gained nothing.
 
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
-use super::codes::{Codes, SmallBlock};
+use super::codes::{Codes, SmallBlock, by_halves};
 use super::multiply::{Multiply, pairs};
-use super::{load_f32, load_i8, load_i16, load_u8, sum_four, sum_lanes};
-use crate::kernels::Activation;
+use super::{load_f32, load_i8, load_i16, load_u8, sum_lanes};
 use crate::kernels::activations::SCALE_LEN;
-use crate::kernels::x86::{SuperBlock, broadcast_f16, each_row, prefetch_ahead};
+use crate::kernels::x86::{SuperBlock, broadcast_f16, each_four, each_row, prefetch_ahead};
+use crate::kernels::{Activation, STREAMS, Sums};
 use crate::tensor::Rows;
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -30,63 +30,116 @@ pub(super) fn dot_blocks<M: Multiply, B: SmallBlock>(
     x: Activation<'_>,
     out: &mut [f32],
 ) {
-    each_row::<B>(rows, out, |[row]| [small_blocks::<M, B>(row, x)]);
+    each_row::<B>(rows, out, |row| small_blocks::<M, B, 1>(row, x));
 }
 
-/// Dots a row of small blocks with an activation: eight blocks at a time, the rest one by one.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn stream_blocks<M: Multiply, B: SmallBlock>(
+    rows: [Rows<'_>; STREAMS],
+    x: &[Activation<'_>],
+    out: &mut [Sums],
+) {
+    each_four::<B>(rows, x, out, |four, x| {
+        by_twos(four, |two| small_blocks::<M, B, 2>(two, x))
+    });
+}
+
+/// Two rows at a time: sixteen registers hold no more.
+#[inline(always)]
+fn by_twos<R: Copy>(
+    [a, b, c, d]: [R; STREAMS],
+    dot: impl Fn([R; 2]) -> [f32; 2],
+) -> [f32; STREAMS] {
+    let ([a, b], [c, d]) = (dot([a, b]), dot([c, d]));
+    [a, b, c, d]
+}
+
+/// Dots rows of small blocks, side by side, with an activation: eight blocks at a time, the rest in pairs.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn small_blocks<M: Multiply, B: SmallBlock>(row: &[B], x: Activation<'_>) -> f32 {
-    let mut acc = [_mm256_setzero_ps(); 4];
-    let (row, row_rest) = row.as_chunks::<8>();
+fn small_blocks<M: Multiply, B: SmallBlock, const N: usize>(
+    rows: [&[B]; N],
+    x: Activation<'_>,
+) -> [f32; N] {
+    let mut acc = [[_mm256_setzero_ps(); 2]; N];
     let (q, q_rest) = x.q.as_chunks::<{ 8 * SCALE_LEN }>();
     let (s, s_rest) = x.scales.as_chunks::<8>();
     let (sums, sums_rest) = x.sums.as_chunks::<16>();
-    for (((blocks, q), s), sums) in row.iter().zip(q).zip(s).zip(sums) {
-        prefetch_ahead::<1, _>(blocks);
-        acc = add_blocks::<M, B, 8>(acc, blocks, q, s, sums);
+    let n = q.len();
+    let (s, sums) = (&s[..n], &sums[..n]);
+    let eights = rows.map(|row| &row.as_chunks::<8>().0[..n]);
+    for i in 0..n {
+        add_blocks::<M, B, N, 8>(&mut acc, eights, i, &q[i], &s[i], &sums[i]);
     }
-    let (q_rest, _) = q_rest.as_chunks::<SCALE_LEN>();
-    let (sums_rest, _) = sums_rest.as_chunks::<2>();
-    for (((block, q), s), sums) in row_rest.iter().zip(q_rest).zip(s_rest).zip(sums_rest) {
-        let (mut one_s, mut one_sum) = ([0.0; 8], [0; 16]);
-        one_s[0] = *s;
-        one_sum[..2].copy_from_slice(sums);
-        acc = add_blocks::<M, B, 1>(acc, &[*block], q, &one_s, &one_sum);
+    let rest = rows.map(|row| &row[8 * n..][..s_rest.len()]);
+    for first in (0..s_rest.len()).step_by(2) {
+        let some = first..(first + 2).min(s_rest.len());
+        let (mut pairs, mut q) = ([[B::zeroed(); 2]; N], [0; 2 * SCALE_LEN]);
+        for (pair, row) in pairs.iter_mut().zip(rest) {
+            pair[..some.len()].copy_from_slice(&row[some.clone()]);
+        }
+        let columns = first * SCALE_LEN..some.end * SCALE_LEN;
+        q[..columns.len()].copy_from_slice(&q_rest[columns]);
+        let (mut s, mut sums) = ([0.0; 8], [0; 16]);
+        s[..some.len()].copy_from_slice(&s_rest[some.clone()]);
+        sums[..2 * some.len()].copy_from_slice(&sums_rest[2 * first..2 * some.end]);
+        let pairs = pairs.each_ref().map(std::slice::from_ref);
+        add_blocks::<M, B, N, 2>(&mut acc, pairs, 0, &q, &s, &sums);
     }
-    sum_four(acc)
+    let mut out = [0.0; N];
+    for (out, [a, b]) in out.iter_mut().zip(acc) {
+        *out = sum_lanes(_mm256_add_ps(a, b));
+    }
+    out
 }
 
-/// Adds the dot product of up to eight blocks; the scales and sums beyond the last are 0.
+/// Adds the dot products of the `K` blocks at `index` of each row; the scales and sums beyond the last are 0.
+///
+/// A pair of blocks is two registers of codes, of their first halves and of their second halves: the low
+/// nibbles and the high ones. So one register of sums serves the pair, four lanes a block.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_blocks<M: Multiply, B: SmallBlock, const N: usize>(
-    mut acc: [__m256; 4],
-    blocks: &[B; N],
+fn add_blocks<M: Multiply, B: SmallBlock, const N: usize, const K: usize>(
+    acc: &mut [[__m256; 2]; N],
+    rows: [&[[B; K]]; N],
+    index: usize,
     q: &[i8],
     s: &[f32; 8],
     sums: &[i16; 16],
-) -> [__m256; 4] {
+) {
     let (s, sums) = (load_f32(s), load_i16(sums));
-    // SAFETY: this function has the features.
-    let factors = _mm256_mul_ps(unsafe { B::scales(blocks) }, s);
-    let factors = [
-        _mm256_permute2f128_ps::<0x00>(factors, factors),
-        _mm256_permute2f128_ps::<0x11>(factors, factors),
-    ];
-    for (b, (block, q)) in blocks.iter().zip(q.as_chunks().0).enumerate() {
-        // SAFETY: this function has the features, and M the table's.
-        let dot = unsafe { M::dot(block.codes(0), B::OFFSET, load_i8(q)) };
-        let factor = _mm256_permutevar_ps(factors[b / 4], _mm256_set1_epi32(b as i32 % 4));
-        acc[b % 4] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), factor, acc[b % 4]);
-    }
-    if B::MINIMUM {
-        let sums = _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+    let sums = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+    let s_sums = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), s);
+    // Those of the first blocks of all pairs, then those of the second ones.
+    let order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    let mut factors = [_mm256_setzero_ps(); N];
+    for r in 0..N {
+        let blocks = &rows[r][index];
+        prefetch_ahead::<N, _>(blocks);
         // SAFETY: this function has the features.
-        let offsets = unsafe { B::offsets(blocks) };
-        acc[0] = _mm256_fmadd_ps(offsets, _mm256_mul_ps(sums, s), acc[0]);
+        let (scales, offsets) = unsafe { (B::scales(blocks), B::offsets(blocks)) };
+        if B::MINIMUM {
+            acc[r][0] = _mm256_fmadd_ps(offsets, s_sums, acc[r][0]);
+        }
+        factors[r] = _mm256_permutevar8x32_ps(_mm256_mul_ps(scales, s), order);
     }
-    acc
+    let q = q.as_chunks::<{ 2 * SCALE_LEN }>().0;
+    macro_rules! pairs {
+        ($($p:literal)*) => {$(if 2 * $p < K {
+            let [first, second] = q[$p].as_chunks::<SCALE_LEN>().0 else { unreachable!() };
+            let q = by_halves(first, second);
+            for r in 0..N {
+                let blocks = &rows[r][index];
+                let (first, second) = (&blocks[2 * $p], &blocks[2 * $p + 1]);
+                // SAFETY: this function has the features, and M the table's.
+                let dot = unsafe { M::dot_two(B::pair(first, second), B::OFFSET, q) };
+                let factor = _mm256_permute_ps::<{ 0b01_01_01_01 * $p }>(factors[r]);
+                let sum = acc[r][$p % 2];
+                acc[r][$p % 2] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), factor, sum);
+            }
+        })*};
+    }
+    pairs!(0 1 2 3);
 }
 
 /// Word `j` of each half, in all words of that half.

@@ -5,20 +5,20 @@
 //!
 //! ```text
 //! codes     32 × 8 bit      q      32 × 8 bit
-//!      └──── 8 sums of 4 products, 32 bit ────┘      (how: multiply)
+//!      └──── 8 sums of products, 32 bit ──────┘      (how: multiply)
 //!            cvt, fma with the scales: 8 lanes of f32
 //! ```
 
 use std::arch::x86_64::*;
 
 use super::x86::entry;
-use super::{DotRows, Kernels, Loud, Tile, loud};
+use super::{DotRows, DotStreams, Kernels, Loud, Tile, loud};
 use crate::quant::{
     BF16, BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
     BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockType, F16, F32,
 };
 use crate::tensor::Rows;
-use dots::{dot_blocks, dot_super_blocks};
+use dots::{dot_blocks, dot_super_blocks, stream_blocks};
 use floats::{dot_decoded, dot_floats};
 use multiply::{Maddubs, Multiply, Vnni};
 
@@ -33,6 +33,7 @@ mod tiles;
 
 pub(super) use activations::quantize;
 pub(super) use float_tiles::tile_512;
+pub(super) use multiply::dpbusd;
 
 static AVX2: Kernels = table::<Maddubs>("avx2");
 static AVX_VNNI: Kernels = table::<Vnni>("avxvnni");
@@ -41,8 +42,7 @@ const fn table<M: Multiply>(name: &'static str) -> Kernels {
     Kernels {
         name,
         dot: dot::<M>,
-        // Sixteen registers do not hold what four rows need: tried, and slower by a fifth.
-        dot_streams: |_| None,
+        dot_streams: dot_streams::<M>,
         tile: tile::<M>,
         exact,
         exact_tile,
@@ -92,6 +92,20 @@ fn dot<M: Multiply>(kind: BlockType) -> DotRows {
         BlockType::Q5_K => entry!(dot_super_blocks::<BlockQ5K>),
         BlockType::Q6_K => entry!(dot_super_blocks::<BlockQ6K>),
         BlockType::IQ4_XS => entry!(dot_super_blocks::<BlockIQ4XS>),
+    }
+}
+
+/// Small blocks only: for super-blocks sixteen registers are too few.
+fn dot_streams<M: Multiply>(kind: BlockType) -> Option<DotStreams> {
+    match kind {
+        BlockType::Q4_0 => Some(entry!(stream_blocks::<M, BlockQ4_0>)),
+        BlockType::Q4_1 => Some(entry!(stream_blocks::<M, BlockQ4_1>)),
+        BlockType::Q5_0 => Some(entry!(stream_blocks::<M, BlockQ5_0>)),
+        BlockType::Q5_1 => Some(entry!(stream_blocks::<M, BlockQ5_1>)),
+        BlockType::Q8_0 => Some(entry!(stream_blocks::<M, BlockQ8_0>)),
+        BlockType::IQ4_NL => Some(entry!(stream_blocks::<M, BlockIQ4NL>)),
+        BlockType::MXFP4 => Some(entry!(stream_blocks::<M, BlockMXFP4>)),
+        _ => None,
     }
 }
 

@@ -8,7 +8,7 @@
 //!
 //! `maddubs` saturates where a pair of products leaves 16 bits. Here it never does: activations
 //! keep to −127..=127 and codes without a sign stay below 64, so a pair is at most
-//! `2 · 63 · 127 = 16002`; codes that need all 8 bits come with their sign, which is moved over
+//! `2 · 63 · 127 = 16002` (and two pairs of codes below 32 fit as well); codes that need all 8 bits come with their sign, which is moved over
 //! to the activation, and `2 · 128 · 127 = 32512` still fits. `vpdpbusd` cannot saturate.
 
 use std::arch::asm;
@@ -28,12 +28,13 @@ pub(super) trait Multiply {
     /// What codes with a sign are raised by in a panel.
     const RAISED: u8;
 
-    /// The products of 32 codes, of which `offset` is taken off, in sums of four; `None`: the
+    /// The products of twice 32 codes, of which `offset` is taken off, in sums of eight: of four, and of
+    /// the four at their place in the other register. Codes without a sign are below 32; `None`: the
     /// codes have a sign.
     ///
     /// # Safety
     /// The CPU has AVX2 (and AVX-VNNI, where that is what multiplies).
-    unsafe fn dot(codes: __m256i, offset: Option<i8>, q: __m256i) -> __m256i;
+    unsafe fn dot_two(codes: [__m256i; 2], offset: Option<i8>, q: [__m256i; 2]) -> __m256i;
 
     /// The dot products of 16 rows, from `first_row` on, with `T` tokens over `N` fours of
     /// columns, on top of `starts`.
@@ -42,7 +43,7 @@ pub(super) trait Multiply {
     /// raised by [`Multiply::RAISED`].
     ///
     /// # Safety
-    /// As for [`Multiply::dot`]; `first_row` is 0 or 16.
+    /// As for [`Multiply::dot_two`]; `first_row` is 0 or 16.
     unsafe fn dots<const DEPTH: usize, const N: usize, const T: usize>(
         codes: &[Fours; N],
         first_row: usize,
@@ -74,8 +75,28 @@ impl Multiply for Maddubs {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    unsafe fn dot(codes: __m256i, offset: Option<i8>, q: __m256i) -> __m256i {
-        _mm256_madd_epi16(pairs(codes, offset, q), _mm256_set1_epi16(1))
+    unsafe fn dot_two(codes: [__m256i; 2], offset: Option<i8>, q: [__m256i; 2]) -> __m256i {
+        let ones = _mm256_set1_epi16(1);
+        let products = |codes: [__m256i; 2]| {
+            let (a, b) = (
+                _mm256_maddubs_epi16(codes[0], q[0]),
+                _mm256_maddubs_epi16(codes[1], q[1]),
+            );
+            _mm256_add_epi16(a, b)
+        };
+        match offset {
+            None => {
+                // Two sums of these do not fit into 16 bits.
+                let (a, b) = (pairs(codes[0], None, q[0]), pairs(codes[1], None, q[1]));
+                _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones))
+            }
+            Some(0) => _mm256_madd_epi16(products(codes), ones),
+            Some(offset) => {
+                // The same for all rows: the compiler computes it once.
+                let offset = products([_mm256_set1_epi8(offset); 2]);
+                _mm256_madd_epi16(_mm256_sub_epi16(products(codes), offset), ones)
+            }
+        }
     }
 
     #[inline]
@@ -138,16 +159,26 @@ impl Multiply for Vnni {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    unsafe fn dot(codes: __m256i, offset: Option<i8>, q: __m256i) -> __m256i {
+    unsafe fn dot_two(codes: [__m256i; 2], offset: Option<i8>, q: [__m256i; 2]) -> __m256i {
         let zero = _mm256_setzero_si256();
         // SAFETY: the caller's.
         unsafe {
             match offset {
-                None => dpbusd(zero, _mm256_abs_epi8(codes), _mm256_sign_epi8(q, codes)),
-                Some(0) => dpbusd(zero, codes, q),
+                None => {
+                    let magnitudes = [_mm256_abs_epi8(codes[0]), _mm256_abs_epi8(codes[1])];
+                    let signed = [
+                        _mm256_sign_epi8(q[0], codes[0]),
+                        _mm256_sign_epi8(q[1], codes[1]),
+                    ];
+                    let dot = dpbusd(zero, magnitudes[0], signed[0]);
+                    dpbusd(dot, magnitudes[1], signed[1])
+                }
+                Some(0) => dpbusd(dpbusd(zero, codes[0], q[0]), codes[1], q[1]),
                 Some(offset) => {
-                    let offsets = dpbusd(zero, _mm256_set1_epi8(offset), q);
-                    dpbusd(_mm256_sub_epi32(zero, offsets), codes, q)
+                    let offset = _mm256_set1_epi8(offset);
+                    let offsets = dpbusd(dpbusd(zero, offset, q[0]), offset, q[1]);
+                    let start = _mm256_sub_epi32(zero, offsets);
+                    dpbusd(dpbusd(start, codes[0], q[0]), codes[1], q[1])
                 }
             }
         }
@@ -183,7 +214,7 @@ impl Multiply for Vnni {
 /// The CPU has AVX-VNNI.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn dpbusd(mut sums: __m256i, codes: __m256i, q: __m256i) -> __m256i {
+pub(in crate::kernels) unsafe fn dpbusd(mut sums: __m256i, codes: __m256i, q: __m256i) -> __m256i {
     // SAFETY: it works on registers alone.
     unsafe {
         asm!(
