@@ -12,9 +12,12 @@
 //! experts). Matrices with the same input share an entry ([`names::same_input`]). Programs that
 //! know nothing of moments pass over them.
 //!
+//! On request the divergence when one group of matrices is rounded stands in the metadata ([`sensitivity`]).
+//!
 //! Layers are walked one by one ([`Walk`](crate::engine::Walk)), each written when it is done: memory holds one
 //! layer's statistics and the residual stream of every token.
 
+pub mod sensitivity;
 mod sums;
 
 use std::fs;
@@ -25,6 +28,7 @@ use crate::engine::{self, Engine};
 use crate::gguf::{self, Layout, Metadata, TensorDecl, Value, Writer, names};
 use crate::model::Site;
 use crate::plan::Shape;
+use sensitivity::Sensitivity;
 use sums::Sums;
 
 /// Tokens below which an expert's statistics say little: as many as a window of moments has columns.
@@ -42,6 +46,20 @@ pub enum Error {
     /// The file of statistics.
     #[error(transparent)]
     Gguf(#[from] gguf::Error),
+    /// Weights are to be degraded that are not all in memory.
+    #[error("{}: experts are read as they are needed, which a measure of their sensitivity cannot work with: give --mmap", file.display())]
+    NotResident {
+        /// The model.
+        file: PathBuf,
+    },
+    /// There is no memory for a group's degraded weights.
+    #[error("{}: no memory for degraded weights: {source}; give fewer layers with --band", file.display())]
+    NoRoom {
+        /// The model.
+        file: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
     /// The finished file cannot get its name.
     #[error("{}: cannot rename the finished file: {source}", path.display())]
     Rename {
@@ -230,7 +248,12 @@ impl Plan {
     ///
     /// # Errors
     /// If a file like this cannot be.
-    pub fn new(engine: &Engine, chunks: usize, options: Options) -> Result<Self, Error> {
+    pub fn new(
+        engine: &Engine,
+        chunks: usize,
+        options: Options,
+        sensitivity: Option<&Sensitivity>,
+    ) -> Result<Self, Error> {
         let mut meta = Metadata::new();
         let dataset = gguf::Array::String(vec![options.dataset.clone()]);
         meta.insert("general.type", Value::String("imatrix".into()));
@@ -240,6 +263,9 @@ impl Plan {
         meta.insert("imatrix.chunk_size", size);
         if let Some(width) = options.width {
             meta.insert(WIDTH_KEY, Value::U32(width as u32));
+        }
+        if let Some(sensitivity) = sensitivity {
+            sensitivity.describe(&mut meta);
         }
         let mut decls = Vec::new();
         let shape = engine.shape();

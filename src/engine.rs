@@ -24,7 +24,7 @@ use crate::threads::{self, CpuSet, Pool};
 use crate::tokenizer::{self, Tokenizer};
 
 pub use session::Session;
-pub use walk::Walk;
+pub use walk::{Stand, Walk};
 
 /// Why a model cannot be loaded or cannot go on.
 #[derive(Debug, thiserror::Error)]

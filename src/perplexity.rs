@@ -8,7 +8,9 @@
 //!
 //! Against a base model the same positions give the divergence `KL(base ‖ model)` over the
 //! whole vocabulary, the change `Δp` of the true token's probability, and whether both rank
-//! the same token first. The base runs beside the model; nothing is written to disk.
+//! the same token first. The base runs beside the model, or before it: [`Base`] keeps what matters.
+
+mod base;
 
 use std::ops::Range;
 
@@ -17,6 +19,8 @@ use crate::model::Routing;
 use crate::plan::PROMPT_BATCH;
 use crate::threads::Pool;
 use crate::tokenizer::{self, Tokenizer};
+
+pub use base::{Base, Error as BaseError, Kept};
 
 /// A text, cut into chunks.
 pub struct Chunks {

@@ -210,6 +210,34 @@ enum Memory {
 }
 
 impl Matrix {
+    /// The same rows in blocks of another type, in memory of their own: `fill` gets these rows, and the bytes of
+    /// one and of all of the new. `None` where blocks of that type do not fill the rows.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub fn recoded(
+        &self,
+        kind: BlockType,
+        fill: impl FnOnce(Rows<'_>, usize, &mut [u8]),
+    ) -> std::io::Result<Option<Self>> {
+        let Some(stride) = kind.row_bytes(self.extent.cols) else {
+            return Ok(None);
+        };
+        let extent = Extent {
+            kind,
+            stride,
+            offset: 0,
+            ..self.extent
+        };
+        let mut memory = MmapMut::map_anon(extent.bytes().max(1))?;
+        fill(self.all(), stride, &mut memory[..extent.bytes()]);
+        Ok(Some(Self {
+            extent,
+            range: 0..extent.bytes(),
+            memory: Memory::Own(Arc::new(memory)),
+        }))
+    }
+
     /// Type, rows, columns, and where they lie.
     pub fn extent(&self) -> &Extent {
         &self.extent

@@ -15,6 +15,8 @@ use serde_json::json;
 
 use crate::dry_run::DryRun;
 use crate::error::{Error, Result};
+use crate::fit::{self, Target, tensor_type};
+use crate::journal::with_suffix;
 use crate::pipeline::{Options, Report, convert};
 use crate::recipe::Mix;
 use crate::round::Round;
@@ -50,7 +52,7 @@ struct ConvertArgs {
     #[arg(
         long = "type",
         value_name = "TYPE",
-        required_unless_present = "dry_run"
+        required_unless_present_any = ["dry_run", "fit", "bpw"]
     )]
     mix: Option<Mix>,
     /// Importance matrix (GGUF or legacy) that guides the encoding
@@ -63,6 +65,16 @@ struct ConvertArgs {
     /// Another block type for the matrices with a name that matches; the first that matches counts
     #[arg(long = "tensor-type", value_name = "REGEX=TYPE", value_parser = tensor_type)]
     tensor_types: Vec<(Regex, BlockType)>,
+    /// The same from a file, one a line: after those of --tensor-type
+    #[arg(long, value_name = "FILE")]
+    tensor_type_file: Option<PathBuf>,
+    /// Choose each matrix's type so that the file has this size (such as 24GiB) and loses least, by the statistics of
+    /// `fewbit calibrate --sensitivity`; the types are also written to OUTPUT.types, for --tensor-type-file
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    fit: Option<u64>,
+    /// The same for so many bits per weight, such as 4.5
+    #[arg(long, value_name = "BITS", conflicts_with = "fit", value_parser = bits)]
+    bpw: Option<f64>,
     /// Accept weights that are quantized already (they lose twice)
     #[arg(long)]
     allow_requantize: bool,
@@ -148,8 +160,14 @@ pub fn main() -> ExitCode {
 }
 
 fn run_convert(args: &ConvertArgs) -> Result<()> {
+    let mut overrides = args.tensor_types.clone();
+    if let Some(list) = &args.tensor_type_file {
+        overrides.extend(fit::read_list(list)?);
+    }
+    let bytes = args.fit.map(Target::Bytes);
     let options = Options {
-        overrides: args.tensor_types.clone(),
+        overrides,
+        fit: bytes.or(args.bpw.map(Target::BitsPerWeight)),
         imatrix: args.imatrix.clone(),
         round: args.round,
         threads: args.threads,
@@ -175,12 +193,11 @@ fn run_convert(args: &ConvertArgs) -> Result<()> {
 }
 
 fn dry_run(args: &ConvertArgs, options: &Options) -> Result<()> {
-    let run = DryRun::new(
-        &args.checkpoint,
-        options,
-        args.ctx,
-        args.memory.and_then(Memory::bytes),
-    )?;
+    let memory = args.memory.and_then(Memory::bytes);
+    let progress = progress_bar();
+    let run = DryRun::new(&args.checkpoint, options, args.ctx, memory, &progress);
+    progress.finish_and_clear();
+    let run = run?;
     if args.json {
         if let Some(caveat) = run.caveat() {
             eprintln!("fewbit-convert: file_bytes is {caveat}");
@@ -253,6 +270,14 @@ fn summary(report: &Report) -> String {
             report.tensors_kept
         ));
     }
+    if let Some(fitted) = &report.fitted {
+        lines.extend(fitted.lines());
+        lines.push(format!(
+            "predicted KLD {:.5}; types in {}",
+            fitted.kld,
+            with_suffix(&report.path, ".types").display()
+        ));
+    }
     let seconds = report.elapsed.as_secs_f64();
     lines.push(format!(
         "{}: {} bytes, {:.3} bits per weight, {seconds:.1} s, {:.2} GB/s read",
@@ -277,7 +302,7 @@ fn as_json(report: &Report) -> String {
         .iter()
         .map(|(tensor, expert, tokens)| json!({"tensor": tensor, "expert": expert, "tokens": tokens}))
         .collect();
-    json!({
+    let mut figures = json!({
         "file": report.path.display().to_string(),
         "file_bytes": report.plan.layout.file_bytes(),
         "bits_per_weight": report.plan.sizes.bits_per_weight(),
@@ -288,8 +313,11 @@ fn as_json(report: &Report) -> String {
         "leaning": leaning,
         "tensors_kept": report.tensors_kept,
         "fallbacks": fallbacks,
-    })
-    .to_string()
+    });
+    if let Some(fitted) = &report.fitted {
+        figures["kld_predicted"] = json!(fitted.kld);
+    }
+    figures.to_string()
 }
 
 fn progress_bar() -> ProgressBar {
@@ -301,14 +329,17 @@ fn progress_bar() -> ProgressBar {
     ProgressBar::no_length().with_style(style)
 }
 
-/// Parses `REGEX=TYPE`; the last `=` separates.
-fn tensor_type(argument: &str) -> std::result::Result<(Regex, BlockType), String> {
-    let (pattern, kind) = argument.rsplit_once('=').ok_or("expected REGEX=TYPE")?;
-    let pattern = Regex::new(pattern).map_err(|e| e.to_string())?;
-    let kind = kind
-        .parse()
-        .map_err(|e: fewbit::quant::UnknownType| e.to_string())?;
-    Ok((pattern, kind))
+/// A number of bytes.
+fn size(text: &str) -> std::result::Result<u64, String> {
+    let size = text.parse::<Memory>().ok().and_then(Memory::bytes);
+    size.filter(|_| text != "auto")
+        .ok_or_else(|| "must be a size such as 24GiB or 26.4GB".to_owned())
+}
+
+/// A number of bits a weight.
+fn bits(text: &str) -> std::result::Result<f64, String> {
+    let bits = text.parse().ok().filter(|bits| (1.0..=32.0).contains(bits));
+    bits.ok_or_else(|| "must be a number from 1 to 32".to_owned())
 }
 
 /// A file that grows beyond the shell's limit is then an error of `write` with a message, and does not end the process.

@@ -13,11 +13,13 @@ use fewbit::gguf::TensorDecl;
 use fewbit::plan::Group;
 use fewbit::plan::fit::{Fit, TooLittle};
 use fewbit::quant::BlockType;
+use indicatif::ProgressBar;
 use serde_json::json;
 
 use crate::checkpoint::names::expected;
 use crate::checkpoint::{self, Checkpoint, Hyperparameters, RowOrder, Source, Tensor};
 use crate::error::{Error, Result};
+use crate::fit::Fitted;
 use crate::imatrix::Imatrix;
 use crate::metadata;
 use crate::pipeline::Options;
@@ -35,6 +37,8 @@ pub struct DryRun {
     fit: Option<std::result::Result<Fit, TooLittle>>,
     tensors: Vec<TensorDecl>,
     plan: Plan,
+    /// The types that were chosen for a size.
+    fitted: Option<Fitted>,
     /// Whether the file's length leaves out a tokenizer that is not there yet.
     without_tokenizer: bool,
 }
@@ -45,20 +49,26 @@ impl DryRun {
     ///
     /// # Errors
     /// As in the conversion, where what is there does not fit together.
-    pub fn new(input: &Path, options: &Options, ctx: usize, memory: Option<u64>) -> Result<Self> {
+    pub fn new(
+        input: &Path,
+        options: &Options,
+        ctx: usize,
+        memory: Option<u64>,
+        progress: &ProgressBar,
+    ) -> Result<Self> {
         let (mut checkpoint, without_tokenizer) = if input.is_dir() && !has_weights(input)? {
             from_config(input)?
         } else {
             (Checkpoint::open(input)?, false)
         };
         let imatrix = options.imatrix.as_deref().map(Imatrix::read).transpose()?;
-        let plan = Plan::new(
-            &mut checkpoint,
-            options.mix,
-            &options.overrides,
-            imatrix.as_ref(),
-            options.allow_requantize,
-        )?;
+        if options.fit.is_some() && checkpoint.files.is_empty() {
+            return Err(Error::FitWithoutWeights(input.to_owned()));
+        }
+        let fitted = options.fitted(&mut checkpoint, progress)?;
+        let promise = fitted.as_ref().map(|fitted| fitted.kld);
+        let options = &options.with(fitted.as_ref());
+        let plan = Plan::new(&mut checkpoint, options, imatrix.as_ref(), promise)?;
         let tensors: Vec<TensorDecl> = checkpoint
             .tensors
             .into_iter()
@@ -76,6 +86,7 @@ impl DryRun {
             fit,
             tensors,
             plan,
+            fitted,
             without_tokenizer,
         })
     }
@@ -119,14 +130,18 @@ impl DryRun {
                 "read_bytes_per_token": fit.read_bytes_per_token(),
             })
         });
-        json!({
+        let mut figures = json!({
             "params_total": self.plan.sizes.params_total(),
             "params_active": self.plan.sizes.params_active(),
             "file_bytes": self.file_bytes(),
             "ram_bytes": self.ram_bytes(),
             "plan": plan,
             "tensors": self.tensors.iter().enumerate().map(tensor).collect::<Vec<_>>(),
-        })
+        });
+        if let Some(fitted) = &self.fitted {
+            figures["kld_predicted"] = json!(fitted.kld);
+        }
+        figures
     }
 
     /// Tensors, parameters and bytes by group and type.
@@ -152,7 +167,10 @@ impl fmt::Display for DryRun {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (shape, sizes) = (&self.plan.shape, &self.plan.sizes);
         let about = if self.without_tokenizer { "about " } else { "" };
-        writeln!(f, "{} as {}", self.path.display(), self.mix)?;
+        match &self.fitted {
+            None => writeln!(f, "{} as {}", self.path.display(), self.mix)?,
+            Some(_) => writeln!(f, "{} in types to fit", self.path.display())?,
+        }
         writeln!(
             f,
             "parameters  {} in all, {} at work on a token",
@@ -189,6 +207,13 @@ impl fmt::Display for DryRun {
                 bytes(size),
                 100.0 * size as f64 / sizes.bytes_total() as f64
             )?;
+        }
+        if let Some(fitted) = &self.fitted {
+            writeln!(f)?;
+            for line in fitted.lines() {
+                writeln!(f, "{line}")?;
+            }
+            write!(f, "predicted KLD {:.5}", fitted.kld)?;
         }
         for line in self.plan.fallback_lines() {
             write!(f, "\n{line}")?;

@@ -145,6 +145,24 @@ pub enum Error {
         /// Bytes that are free.
         available: u64,
     },
+    /// A size is asked for, and nothing says what rounding costs where.
+    #[error(
+        "--fit and --bpw go by what rounding costs where: give --imatrix FILE, made with fewbit calibrate --sensitivity"
+    )]
+    FitWithoutStatistics,
+    /// A size is asked for, and there are no weights yet.
+    #[error("{}: --fit and --bpw look at the weights, and there are none yet: download them", .0.display())]
+    FitWithoutWeights(PathBuf),
+    /// The size asked for is too small.
+    #[error(
+        "--fit: the file would take {needed} bytes at least, {budget} are asked for: ask for more"
+    )]
+    FitTooSmall {
+        /// Bytes asked for.
+        budget: u64,
+        /// Bytes of the smallest file.
+        needed: u64,
+    },
     /// The recipe cannot be applied.
     #[error(transparent)]
     Recipe(#[from] crate::recipe::Error),

@@ -121,6 +121,16 @@ impl Imatrix {
         Ok(Some(values))
     }
 
+    /// An expert's share of the tokens that a tensor's experts saw; 1 where nothing is known of them.
+    pub fn share(&self, tensor: &str, expert: usize) -> f32 {
+        let counts = self.counts.get(tensor);
+        let share = counts.and_then(|counts| {
+            let total: f32 = counts.iter().sum();
+            (total > 0.0).then(|| counts.get(expert).copied().unwrap_or(0.0) / total)
+        });
+        share.unwrap_or(1.0)
+    }
+
     /// The experts that [`smoothed`](Self::smoothed) lets lean: tensor, expert, tokens that it saw.
     pub fn thin<'a>(
         &'a self,

@@ -4,7 +4,7 @@
 //! - [`config`], [`metadata`], [`vocab`]: what goes into the output's metadata
 //! - [`sentencepiece`], [`tokenizer_json`], [`tekken`]: the files that a vocabulary comes in
 //! - [`recipe`], [`plan`]: a type for every tensor; the output, laid out
-//! - [`imatrix`], [`encode`]: rows in, blocks out; [`moments`], [`round`]: better ones
+//! - [`imatrix`], [`encode`]: rows in, blocks out; [`moments`], [`round`]: better ones; [`fit`]: types for a size
 //! - [`pipeline`], [`journal`]: reading, encoding and writing at once, in bounded memory; going on after a cut
 //! - [`dry_run`]: what a conversion would give; [`synth`]: files of random weights, for benchmarks
 //! - [`cli`]: the command line
@@ -17,6 +17,7 @@ mod disk;
 pub mod dry_run;
 pub mod encode;
 mod error;
+pub mod fit;
 pub mod imatrix;
 pub mod journal;
 pub mod metadata;

@@ -20,6 +20,7 @@ use crate::checkpoint::{Checkpoint, InputFile, Source, Tensor};
 use crate::disk;
 use crate::encode::Job;
 use crate::error::{Error, Result};
+use crate::fit::{self, Fitted, Target};
 use crate::imatrix::{self, Imatrix};
 use crate::journal::{Fingerprint, InputPrint, Journal, with_suffix};
 use crate::moments::Moments;
@@ -42,6 +43,8 @@ pub struct Options {
     pub imatrix: Option<PathBuf>,
     /// How weights are rounded; anything but ggml's way needs an imatrix.
     pub round: Round,
+    /// The size that types are chosen for, in place of the recipe's.
+    pub fit: Option<Target>,
     /// Threads that encode; 0 for one a logical CPU.
     pub threads: usize,
     /// Replace an existing output.
@@ -60,6 +63,7 @@ impl Options {
             overrides: Vec::new(),
             imatrix: None,
             round: Round::Ggml,
+            fit: None,
             threads: 0,
             force: false,
             allow_requantize: false,
@@ -67,8 +71,30 @@ impl Options {
         }
     }
 
+    /// The types that the size asked for leads to, if one is.
+    ///
+    /// # Errors
+    /// As [`fit::fit`].
+    pub(crate) fn fitted(
+        &self,
+        checkpoint: &mut Checkpoint,
+        progress: &ProgressBar,
+    ) -> Result<Option<Fitted>> {
+        let fit = |target| fit::fit(checkpoint, self, target, progress);
+        self.fit.map(fit).transpose()
+    }
+
+    /// The same with the types that were chosen; those that the command line gives come first.
+    pub(crate) fn with(&self, fitted: Option<&Fitted>) -> Self {
+        let mut options = self.clone();
+        options
+            .overrides
+            .extend(fitted.iter().flat_map(|f| f.overrides()));
+        options
+    }
+
     /// The moments that rounding goes by.
-    fn moments(&self) -> Result<Option<Moments>> {
+    pub(crate) fn moments(&self) -> Result<Option<Moments>> {
         match (self.round, &self.imatrix) {
             (Round::Ggml, _) => Ok(None),
             (round, None) => Err(Error::NoStatistics { round }),
@@ -91,6 +117,8 @@ pub struct Report {
     pub path: PathBuf,
     /// What it holds.
     pub plan: Plan,
+    /// The types that were chosen for a size.
+    pub fitted: Option<Fitted>,
     /// Bytes of weights that were read in this run.
     pub bytes_read: u64,
     /// Experts whose statistics lean on their layer's average: tensor, expert, tokens that it saw.
@@ -119,15 +147,17 @@ pub fn convert(
     let mut checkpoint = Checkpoint::open(input)?;
     let inputs = checkpoint.files.iter().map(|f| f.path.as_path());
     Output::refuse_inputs(output, inputs.chain(options.imatrix.as_deref()))?;
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(options.threads)
+        .build();
+    let pool =
+        pool.map_err(|e| Error::io("start threads for", output)(std::io::Error::other(e)))?;
+    let fitted = pool.install(|| options.fitted(&mut checkpoint, progress))?;
+    let options = &options.with(fitted.as_ref());
     let imatrix = options.imatrix.as_deref().map(Imatrix::read).transpose()?;
     let moments = options.moments()?;
-    let plan = Plan::new(
-        &mut checkpoint,
-        options.mix,
-        &options.overrides,
-        imatrix.as_ref(),
-        options.allow_requantize,
-    )?;
+    let promise = fitted.as_ref().map(|fitted| fitted.kld);
+    let plan = Plan::new(&mut checkpoint, options, imatrix.as_ref(), promise)?;
 
     let present = fs::metadata(with_suffix(output, ".partial")).map_or(0, |found| found.len());
     disk::require(output, plan.layout.file_bytes().saturating_sub(present))?;
@@ -144,11 +174,6 @@ pub fn convert(
         kept,
         progress,
     };
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(options.threads)
-        .build();
-    let pool =
-        pool.map_err(|e| Error::io("start threads for", output)(std::io::Error::other(e)))?;
     if let Err(error) = run.stages(writer, &journal, &pool, options.record_every) {
         if matches!(error, Error::NotFinite { .. } | Error::TooLarge { .. }) {
             journal.remove();
@@ -157,6 +182,9 @@ pub fn convert(
         return Err(error);
     }
     file.finish()?;
+    if let Some(fitted) = &fitted {
+        fitted.save(&with_suffix(output, ".types"))?;
+    }
     journal.remove();
     let bytes_read = run.bytes_to_read();
     let leaning = imatrix.iter().filter(|_| options.round != Round::Ggml);
@@ -166,6 +194,7 @@ pub fn convert(
     Ok(Report {
         path: output.to_owned(),
         plan,
+        fitted,
         bytes_read,
         thin,
         tensors_kept: kept,

@@ -1,15 +1,16 @@
 //! What a conversion will write: every tensor's type, the whole file's layout, what falls back.
 
-use fewbit::gguf::{Layout, TensorDecl};
+use fewbit::gguf::{Layout, TensorDecl, Value};
 use fewbit::plan::{Shape, Sizes};
 use fewbit::quant::BlockType;
-use regex::Regex;
 
 use crate::checkpoint::{Checkpoint, Source};
 use crate::error::{Error, Result};
+use crate::fit;
 use crate::imatrix::Imatrix;
 use crate::metadata;
-use crate::recipe::{self, Mix, RecipeModel, RecipeTensor};
+use crate::pipeline::Options;
+use crate::recipe::{self, RecipeModel, RecipeTensor};
 
 /// A conversion, decided upon but not begun.
 #[derive(Debug)]
@@ -43,17 +44,16 @@ pub struct Fallback {
 
 impl Plan {
     /// Decides on the types of all tensors and lays the file out. The checkpoint's metadata goes into the layout; it is
-    /// moved, since a vocabulary may be large.
+    /// moved, since a vocabulary may be large. `promise` is the divergence that --fit expects of it.
     ///
     /// # Errors
     /// If the runtime would not take the model, the recipe or the imatrix does not fit, or quantized weights would have to be quantized again
-    /// and `allow_requantize` does not say so.
+    /// and `options` do not allow it.
     pub fn new(
         checkpoint: &mut Checkpoint,
-        mix: Mix,
-        overrides: &[(Regex, BlockType)],
+        options: &Options,
         imatrix: Option<&Imatrix>,
-        allow_requantize: bool,
+        promise: Option<f64>,
     ) -> Result<Plan> {
         let mut meta = std::mem::take(&mut checkpoint.metadata);
         let shape = Shape::from_metadata(&meta).map_err(|e| match meta.file() {
@@ -77,7 +77,7 @@ impl Plan {
                 source: t.kind,
             })
             .collect();
-        let choices = recipe::assign(mix, &model, overrides, &tensors)?;
+        let choices = recipe::assign(options.mix, &model, &options.overrides, &tensors)?;
 
         let mut fallbacks = Vec::new();
         let (mut weighed, mut unweighed) = (0, 0);
@@ -95,7 +95,7 @@ impl Plan {
             if let Source::Stored { kind, .. } = tensor.source
                 && kind.block_len() > 1
                 && choice.kind != kind
-                && !allow_requantize
+                && !options.allow_requantize
             {
                 return Err(Error::Requantize {
                     path: checkpoint.path.clone(),
@@ -124,9 +124,12 @@ impl Plan {
         {
             return Err(imatrix.fits_nothing());
         }
-        metadata::set_encoding(&mut meta, recipe::ftype_id(mix));
+        metadata::set_encoding(&mut meta, recipe::ftype_id(options.mix));
         if let Some(imatrix) = imatrix {
             imatrix.describe(&mut meta);
+        }
+        if let Some(kld) = promise {
+            meta.insert(fit::KLD_KEY, Value::F32(kld as f32));
         }
         Ok(Plan {
             layout: Layout::new(&meta, &decls)?,

@@ -380,7 +380,7 @@ impl Role {
 
 /// Matrices named `*.weight` are quantized, except norms and the router (a few thousand weights
 /// that decide where everything else goes).
-fn is_quantized(tensor: &RecipeTensor) -> bool {
+pub(crate) fn is_quantized(tensor: &RecipeTensor) -> bool {
     tensor.shape.iter().skip(1).any(|&extent| extent > 1)
         && tensor.name.ends_with("weight")
         && !tensor.name.contains("_norm.weight")

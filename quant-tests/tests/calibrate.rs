@@ -33,7 +33,7 @@ fn calibrate(engine: &Arc<Engine>, language: &str, chunks: usize, output: &Path)
         dataset: language.to_owned(),
         chunk_size: CONTEXT,
     };
-    let plan = Plan::new(engine, texts.len(), options).unwrap();
+    let plan = Plan::new(engine, texts.len(), options, None).unwrap();
     plan.run(engine, texts, output, || ()).unwrap()
 }
 

@@ -402,6 +402,62 @@ fn errors_of_a_single_token_are_undefined() {
 }
 
 #[test]
+fn a_base_that_was_kept_stands_for_the_model() {
+    let (base, model) = (model(), fixture::tiny_mixtral("Q4_0"));
+    let kept = base.path.with_extension("base");
+    let french = fixture::path("text/fr.txt");
+    let ladder = |reference: &Path, text: &Path, ctx: &str, more: &[&str]| {
+        let mut command = command("ladder", None, &["-c", ctx, "--chunks", "4", "--json"]);
+        command.arg("-f").arg(text).arg("--base").arg(reference);
+        command.arg(&model.path).args(more).output().unwrap()
+    };
+    let live = json(&ladder(
+        &base.path,
+        &french,
+        "64",
+        &["--save-base", kept.to_str().unwrap()],
+    ));
+    let again = json(&ladder(&kept, &french, "64", &[]));
+    let figures = |report: &Json| {
+        let mut row = report["rows"][0].as_object().unwrap().clone();
+        row.remove("tg_tok_s");
+        row
+    };
+    assert_eq!(figures(&live), figures(&again));
+
+    // Whole distributions say the same but for the tail's draws.
+    let options = [
+        "-c",
+        "64",
+        "--chunks",
+        "4",
+        "--json",
+        "-f",
+        french.to_str().unwrap(),
+    ];
+    let perplexity = |reference: &Path| {
+        let mut command = command("perplexity", Some(&model.path), &options);
+        json(&command.arg("--base").arg(reference).output().unwrap())
+    };
+    let (whole, small) = (perplexity(&base.path), perplexity(&kept));
+    for (key, share) in [("kld_mean", 0.01), ("ppl_base", 1e-6), ("same_top", 1e-9)] {
+        let [whole, small] = [&whole, &small].map(|report| report[key].as_f64().unwrap());
+        assert!(
+            (whole - small).abs() <= share * whole,
+            "{key}: {whole} {small}"
+        );
+    }
+    assert_eq!(small["kld_mean"], live["rows"][0]["kld_mean"]);
+
+    let german = fixture::path("text/de.txt");
+    assert!(failure(&ladder(&kept, &german, "64", &[])).contains("made from another text"));
+    assert!(failure(&ladder(&kept, &french, "32", &[])).contains("give --ctx 64"));
+    let bytes = std::fs::read(&kept).unwrap();
+    std::fs::write(&kept, &bytes[..bytes.len() / 2]).unwrap();
+    failure(&ladder(&kept, &french, "64", &[]));
+}
+
+#[test]
 fn a_ladder_sets_texts_side_by_side_and_writes_its_report_whole() {
     let models = [model(), fixture::tiny_mixtral("Q4_0")];
     let folder = models[0].path.parent().unwrap().to_owned();
@@ -431,6 +487,20 @@ fn a_ladder_sets_texts_side_by_side_and_writes_its_report_whole() {
     assert_eq!(rows.len(), 4);
     let more = ["file_bytes", "bits_per_weight", "tg_tok_s"];
     assert_keys(&rows[0], &[&PERPLEXITY_KEYS[..], &more].concat());
+
+    let [plot, page] = ["report.svg", "report.html"].map(|name| folder.join(name));
+    success(&ladder(&plot, &["--out", page.to_str().unwrap()]));
+    let [plot, page] = [plot, page].map(|path| std::fs::read_to_string(path).unwrap());
+    for name in models
+        .each_ref()
+        .map(|model| model.path.file_stem().unwrap())
+    {
+        let name = name.to_str().unwrap();
+        assert!(plot.contains(name) && page.contains(&format!("<td>{name}</td>")));
+    }
+    assert!(plot.starts_with("<svg") && page.contains("<svg") && page.ends_with("</html>\n"));
+    let wrong = ladder(&folder.join("report.pdf"), &[]);
+    assert_eq!(wrong.status.code(), Some(2));
 
     let nowhere = folder.join("absent/report.md");
     assert!(failure(&ladder(&nowhere, &[])).contains("cannot write the report"));

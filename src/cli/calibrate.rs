@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::Context;
 use serde_json::json;
@@ -9,7 +10,9 @@ use serde_json::json;
 use super::common::{
     EngineArgs, STDOUT, at_least, bytes, chunks_of, file_stem, note, print_json, progress,
 };
+use crate::calibrate::sensitivity::{self, Sensitivity};
 use crate::calibrate::{Coverage, Options, Plan, STARVED};
+use crate::engine::Engine;
 use crate::gguf::names;
 use crate::perplexity::Chunks;
 
@@ -37,6 +40,15 @@ pub struct Args {
     /// Columns whose moments with each other are kept; a multiple of 256, or 0 for whole rows
     #[arg(long, value_name = "N", default_value_t = 256, requires = "moments", value_parser = width)]
     width: usize,
+    /// Measure what rounding each group of matrices costs, which `fewbit-convert --fit` needs
+    #[arg(long)]
+    sensitivity: bool,
+    /// Layers of a group for --sensitivity [default: an eighth of the model's]
+    #[arg(long, value_name = "LAYERS", requires = "sensitivity", allow_negative_numbers = true, value_parser = at_least(1))]
+    band: Option<usize>,
+    /// Chunks that --sensitivity runs for each group, spread over the text
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "sensitivity", allow_negative_numbers = true, value_parser = at_least(1))]
+    sensitivity_chunks: usize,
     /// Replace STATS.gguf if it exists
     #[arg(long)]
     force: bool,
@@ -69,6 +81,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         .iter()
         .map(|path| chunks_of(engine.tokenizer(), path, args.ctx, args.chunks))
         .collect::<Result<_, _>>()?;
+    let sensitivity = match args.sensitivity {
+        true => Some(measure(&args, &engine, &texts)?),
+        false => None,
+    };
     let chunks: Vec<Vec<u32>> = texts
         .iter()
         .flat_map(|text| (0..text.len()).map(|index| text.tokens(index)))
@@ -81,7 +97,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         dataset: names.join(", "),
         chunk_size: args.ctx,
     };
-    let plan = Plan::new(&engine, count, options)?;
+    let plan = Plan::new(&engine, count, options, sensitivity.as_ref())?;
     let file_bytes = plan.file_bytes();
     if args.moments && !args.json {
         note(format_args!(
@@ -102,12 +118,18 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 json!({"tensor": tensor, "expert": expert, "tokens": tokens})
             })
             .collect();
-        return print_json(&json!({
+        let mut report = json!({
             "tokens": coverage.tokens,
             "chunks": count,
             "file_bytes": file_bytes,
             "starved": starved,
-        }));
+        });
+        if let Some(sensitivity) = &sensitivity {
+            let groups = sensitivity.groups().iter();
+            let groups = groups.map(|group| json!({"tensors": group.tensors, "kld": group.kld}));
+            report["sensitivity"] = groups.collect();
+        }
+        return print_json(&report);
     }
     let mut out = io::stdout().lock();
     writeln!(
@@ -117,7 +139,43 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         bytes(file_bytes)
     )
     .and_then(|()| report(&mut out, &coverage))
+    .and_then(|()| most_sensitive(&mut out, sensitivity.as_ref()))
     .context(STDOUT)
+}
+
+/// Measures what rounding each group of matrices costs.
+fn measure(args: &Args, engine: &Arc<Engine>, texts: &[Chunks]) -> anyhow::Result<Sensitivity> {
+    let options = sensitivity::Options {
+        band: args.band.unwrap_or(engine.shape().layers.div_ceil(8)),
+        chunks: args.sensitivity_chunks,
+    };
+    let steps = sensitivity::steps(engine, options) as u64;
+    let bar = progress(steps, "groups {wide_bar} {pos}/{len} {eta}");
+    Ok(sensitivity::measure(engine, texts, options, || bar.inc(1))?)
+}
+
+/// The groups that suffer most.
+fn most_sensitive(out: &mut impl Write, sensitivity: Option<&Sensitivity>) -> io::Result<()> {
+    let Some(sensitivity) = sensitivity else {
+        return Ok(());
+    };
+    let mut groups: Vec<_> = sensitivity.groups().iter().collect();
+    groups.sort_by(|a, b| b.kld.total_cmp(&a.kld));
+    writeln!(
+        out,
+        "divergence when rounded to {}, the largest of {} groups:",
+        sensitivity::DEGRADED,
+        groups.len()
+    )?;
+    for group in groups.iter().take(5) {
+        let (first, more) = (&group.tensors[0], group.tensors.len() - 1);
+        let more = match more {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        writeln!(out, "  {:.5}  {first}{more}", group.kld)?;
+    }
+    Ok(())
 }
 
 /// What the experts saw.

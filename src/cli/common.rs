@@ -14,10 +14,11 @@ use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use crate::chat::Style;
 use crate::engine::{self, ActivationMode, Engine, Loading, Options};
 use crate::experts::{Cache, Counters};
-use crate::gguf::Gguf;
+use crate::gguf::{self, Gguf};
 use crate::kernels::Kernels;
 use crate::model::{KvKind, Routing};
 use crate::perplexity::{Chunks, Estimate};
+use crate::plan::Shape;
 use crate::plan::fit::usual_context;
 use crate::plan::memory::{Memory, in_kib};
 use crate::quant::BlockType;
@@ -313,15 +314,44 @@ pub fn chunks_of(
     Chunks::new(tokenizer, &text, ctx, limit).with_context(|| path.display().to_string())
 }
 
+/// A file's vocabulary, which tells whether two files can be compared.
+pub struct Vocabulary {
+    path: PathBuf,
+    rows: usize,
+    tokenizer: Tokenizer,
+}
+
+impl Vocabulary {
+    /// Reads that of the model in `path`, and no weights.
+    pub fn read(path: &Path) -> Result<Self, engine::Error> {
+        let gguf = gguf::read(path)?;
+        Ok(Self {
+            path: path.to_owned(),
+            rows: Shape::from_metadata(&gguf.metadata)?.vocab,
+            tokenizer: Tokenizer::from_metadata(&gguf.metadata)?,
+        })
+    }
+
+    /// Rows of the embedding.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// What cuts texts into its tokens.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+}
+
 /// Checks that two files hold the same vocabulary, without which they cannot be compared.
-pub fn check_base(base: &Engine, model: &Engine) -> anyhow::Result<()> {
-    let (file, reference) = (model.path().display(), base.path().display());
-    let (ours, theirs) = (model.shape().vocab, base.shape().vocab);
+pub fn check_base(base: &Vocabulary, model: &Vocabulary) -> anyhow::Result<()> {
+    let (file, reference) = (model.path.display(), base.path.display());
+    let (ours, theirs) = (model.rows, base.rows);
     anyhow::ensure!(
         ours == theirs,
         "{file}: a vocabulary of {ours} tokens, {reference} has {theirs}: these are not one model"
     );
-    let (ours, theirs) = (model.tokenizer(), base.tokenizer());
+    let (ours, theirs) = (&model.tokenizer, &base.tokenizer);
     let count = ours.vocab_len().max(theirs.vocab_len()) as u32;
     if let Some(id) = (0..count).find(|&id| ours.piece(id) != theirs.piece(id)) {
         let piece = |tokenizer: &Tokenizer| tokenizer.piece(id).unwrap_or_default().to_owned();

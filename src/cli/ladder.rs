@@ -1,7 +1,8 @@
 //! `fewbit ladder`: several files of one model side by side, on one or several texts.
 
-use std::fmt::Write as _;
-use std::fs::File;
+mod plot;
+mod report;
+
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,13 +11,15 @@ use anyhow::Context;
 use serde_json::{Map, Value, json};
 
 use super::common::{
-    CHUNKS_BAR, EngineArgs, STDOUT, at_least, bytes, check_base, chunks_of, figure, file_stem,
-    plus_minus, print_json, progress,
+    CHUNKS_BAR, EngineArgs, STDOUT, Vocabulary, at_least, bytes, check_base, chunks_of, figure,
+    file_stem, plus_minus, print_json, progress,
 };
 use crate::bench::{Test, Times};
 use crate::engine::Engine;
-use crate::perplexity::{Chunks, Divergence, Estimate, Tally, score};
+use crate::perplexity::{Base, Chunks, Divergence, Estimate, Kept, Tally, score};
 use crate::plan::Sizes;
+use plot::{Plot, Point};
+use report::{Content, Report, markdown};
 
 /// Options of `fewbit ladder`.
 #[derive(clap::Args)]
@@ -27,18 +30,21 @@ pub struct Args {
     /// Text to score; several give a column each
     #[arg(short = 'f', long = "file", value_name = "TEXT", required = true)]
     texts: Vec<PathBuf>,
-    /// Model to measure divergence from, run with f32 activations
+    /// What to measure divergence from: a model, run with f32 activations, or a base that --save-base wrote
     #[arg(long, value_name = "REF.gguf")]
     base: Option<PathBuf>,
+    /// Keep the base's distributions in this file: their top tokens, the others' mass, and draws from these
+    #[arg(long, value_name = "FILE", requires = "base")]
+    save_base: Option<PathBuf>,
     /// Tokens of a chunk; its second half is scored
     #[arg(short, long, visible_alias = "ctx-size", value_name = "N", default_value_t = 512, allow_negative_numbers = true, value_parser = at_least(4))]
     ctx: usize,
     /// Chunks of each text to score at most
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = at_least(1))]
     chunks: Option<usize>,
-    /// Write the table to this file as well (Markdown)
-    #[arg(long, value_name = "report.md")]
-    out: Option<PathBuf>,
+    /// Write a report too: the table (.md), the plot (.svg) or both (.html); may be given several times
+    #[arg(long, value_name = "REPORT")]
+    out: Vec<PathBuf>,
     #[command(flatten)]
     engine: EngineArgs,
     /// Print one JSON object
@@ -52,50 +58,78 @@ const SPEED_TEST: Test = Test::Generate {
     depth: 0,
 };
 
+/// Metadata key of the divergence that `fewbit-convert --fit` has promised.
+const PREDICTED_KEY: &str = "fewbit.fit.kld";
+
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let report = args.out.as_deref().map(Report::create).transpose()?;
-    let base = args
-        .base
-        .as_deref()
-        .map(|path| args.engine.load_base(path, args.ctx))
-        .transpose()?;
-    let models = args
-        .models
-        .iter()
-        .map(|path| args.engine.load(path, Some(args.ctx)))
-        .collect::<Result<Vec<_>, _>>()?;
-    for model in &models {
-        check_base(base.as_ref().unwrap_or(&models[0]), model)?;
+    let reports = args.out.iter().map(|path| Report::create(path));
+    let reports = reports.collect::<Result<Vec<_>, _>>()?;
+    // All files and texts before the first is scored, so that a wrong one is told in time.
+    let saved = match &args.base {
+        Some(path) if Base::is_one(path) => Some(Base::read(path)?),
+        _ => None,
+    };
+    let heads = args.models.iter().map(|path| Vocabulary::read(path));
+    let heads = heads.collect::<Result<Vec<_>, _>>()?;
+    let reference = match &args.base {
+        Some(path) if saved.is_none() => Some(Vocabulary::read(path)?),
+        _ => None,
+    };
+    for head in &heads {
+        check_base(reference.as_ref().unwrap_or(&heads[0]), head)?;
     }
-    // All texts before the first is scored, so that a wrong one is told in time.
     let texts = args
         .texts
         .iter()
-        .map(|path| chunks_of(models[0].tokenizer(), path, args.ctx, args.chunks))
+        .map(|path| chunks_of(heads[0].tokenizer(), path, args.ctx, args.chunks))
         .collect::<Result<Vec<_>, _>>()?;
-    let mut rungs: Vec<Rung> = models.iter().map(Rung::new).collect();
-    for (path, chunks) in args.texts.iter().zip(&texts) {
-        let columns = score_text(base.as_ref(), &models, chunks, path)?;
-        for (rung, column) in rungs.iter_mut().zip(columns) {
-            rung.columns.push(column);
+
+    let base = match (saved, &args.base) {
+        (Some(saved), _) => Some(saved),
+        (None, Some(path)) => Some(run_base(&args, path, &texts)?),
+        (None, None) => None,
+    };
+    let kept: Vec<Option<&Kept>> = match &base {
+        Some(base) => {
+            let kept = texts
+                .iter()
+                .map(|chunks| base.text(chunks, heads[0].rows()).map(Some));
+            kept.collect::<Result<_, _>>()?
         }
+        None => vec![None; texts.len()],
+    };
+    if let (Some(path), Some(base)) = (&args.save_base, &base) {
+        base.save(path)?;
     }
-    for (rung, model) in rungs.iter_mut().zip(&models) {
-        rung.tok_s = Times::measure(model, SPEED_TEST, 3)?.tok_s();
+    // One model after the other, so that memory holds one.
+    let mut rungs = Vec::new();
+    for path in &args.models {
+        let engine = args.engine.load(path, Some(args.ctx))?;
+        let mut rung = Rung::new(&engine)?;
+        for ((path, chunks), base) in args.texts.iter().zip(&texts).zip(&kept) {
+            rung.columns.push(score_text(&engine, chunks, *base, path)?);
+        }
+        rung.tok_s = Times::measure(&engine, SPEED_TEST, 3)?.tok_s();
+        rungs.push(rung);
     }
 
-    // Hours may lie behind the figures: they are printed whatever becomes of the report, and
-    // the report is written whoever reads the print.
+    // Hours may lie behind the figures: they are printed whatever becomes of the reports, and
+    // the reports are written whoever reads the print.
     let table = table(&args.texts, &rungs);
     let printed = print(&args, &rungs, &table);
-    if let Some(report) = report {
-        report.finish(&heading(&args), &table)?;
+    let content = Content {
+        about: about(&args, base.as_ref()),
+        table,
+        plot: plot(&rungs),
+    };
+    for report in reports {
+        report.finish(&content)?;
     }
     printed
 }
 
-fn print(args: &Args, rungs: &[Rung], table: &str) -> anyhow::Result<()> {
+fn print(args: &Args, rungs: &[Rung], table: &[Vec<String>]) -> anyhow::Result<()> {
     if args.json {
         let rows: Vec<Value> = rungs.iter().flat_map(|rung| rung.to_json(args)).collect();
         let text = match &args.texts[..] {
@@ -105,43 +139,42 @@ fn print(args: &Args, rungs: &[Rung], table: &str) -> anyhow::Result<()> {
         return print_json(&json!({"base": args.base, "text": text, "rows": rows}));
     }
     let mut out = io::stdout().lock();
-    out.write_all(table.as_bytes()).context(STDOUT)
+    out.write_all(markdown(table).as_bytes()).context(STDOUT)
 }
 
-/// Runs every model over one text, chunk by chunk beside the base, so that the base's logits
-/// are computed once and never stored.
+/// Runs the base over all texts.
+fn run_base(args: &Args, path: &Path, texts: &[Chunks]) -> anyhow::Result<Base> {
+    let engine = args.engine.load_base(path, args.ctx)?;
+    let parts = texts.iter().map(Chunks::parts).sum::<usize>();
+    let bar = progress(parts as u64, CHUNKS_BAR).with_message("base");
+    Ok(Base::of(&engine, texts, || bar.inc(1))?)
+}
+
+/// Runs a model over one text.
 fn score_text(
-    base: Option<&Arc<Engine>>,
-    models: &[Arc<Engine>],
+    engine: &Arc<Engine>,
     chunks: &Chunks,
-    path: &Path,
-) -> anyhow::Result<Vec<Column>> {
-    let context = chunks.context();
-    let mut base = base.map(|base| base.session(context)).transpose()?;
-    let mut sessions: Vec<_> = models
-        .iter()
-        .map(|model| model.session(context))
-        .collect::<Result<_, _>>()?;
-    let mut tallies: Vec<_> = models.iter().map(|_| Tally::default()).collect();
-    let bar = progress(chunks.parts() as u64, CHUNKS_BAR).with_message(file_stem(path));
+    base: Option<&Kept>,
+    text: &Path,
+) -> anyhow::Result<Column> {
+    let mut session = engine.session(chunks.context())?;
+    let mut tally = Tally::default();
+    let what = format!("{} {}", file_stem(engine.path()), file_stem(text));
+    let bar = progress(chunks.parts() as u64, CHUNKS_BAR).with_message(what);
     for index in 0..chunks.parts() {
-        let base = base
-            .as_mut()
-            .map(|base| score(base, chunks, index))
-            .transpose()?;
-        for (session, tally) in sessions.iter_mut().zip(&mut tallies) {
-            let scored = score(session, chunks, index)?;
-            tally.add(session.engine().pool(), &scored, base.as_ref());
+        let scored = score(&mut session, chunks, index)?;
+        match base {
+            Some(base) => tally.add_against(engine.pool(), &scored, base),
+            None => tally.add(engine.pool(), &scored, None),
         }
         bar.inc(1);
     }
-    let column = |tally: Tally| Column {
+    Ok(Column {
         chunks: chunks.len(),
         tokens: tally.tokens(),
         ppl: tally.perplexity(),
-        divergence: base.is_some().then(|| tally.divergence()),
-    };
-    Ok(tallies.into_iter().map(column).collect())
+        divergence: base.map(|_| tally.divergence()),
+    })
 }
 
 /// A model's line of the table.
@@ -150,6 +183,8 @@ struct Rung {
     file_bytes: u64,
     bits_per_weight: f64,
     tok_s: f64,
+    /// The divergence that `fewbit-convert --fit` has promised.
+    predicted: Option<f64>,
     /// One entry a text.
     columns: Vec<Column>,
 }
@@ -163,7 +198,7 @@ struct Column {
 }
 
 impl Rung {
-    fn new(engine: &Arc<Engine>) -> Self {
+    fn new(engine: &Engine) -> anyhow::Result<Self> {
         let (gguf, shape) = (engine.gguf(), engine.shape());
         let file_bytes = gguf
             .files
@@ -171,14 +206,15 @@ impl Rung {
             .filter_map(|file| file.metadata().ok())
             .map(|file| file.len())
             .sum();
-        Self {
+        Ok(Self {
             path: engine.path().to_owned(),
             file_bytes,
             bits_per_weight: Sizes::of(shape.experts, shape.experts_used, &gguf.tensors)
                 .bits_per_weight(),
             tok_s: 0.0,
+            predicted: gguf.metadata.f32(PREDICTED_KEY)?.map(f64::from),
             columns: Vec::new(),
-        }
+        })
     }
 
     /// One row a text.
@@ -193,6 +229,9 @@ impl Rung {
             row.insert("ppl".into(), json!(column.ppl.value));
             row.insert("ppl_se".into(), json!(column.ppl.se));
             row.extend(column.divergence.iter().flat_map(Divergence::to_json));
+            if let Some(predicted) = self.predicted {
+                row.insert("kld_predicted".into(), json!(predicted));
+            }
             row.insert("file_bytes".into(), json!(self.file_bytes));
             row.insert("bits_per_weight".into(), json!(self.bits_per_weight));
             row.insert("tg_tok_s".into(), json!(self.tok_s));
@@ -201,15 +240,12 @@ impl Rung {
     }
 }
 
-/// The table in Markdown: all figures for one text; for several, perplexity and divergence of
-/// each side by side.
-fn table(texts: &[PathBuf], rungs: &[Rung]) -> String {
-    let mut header = vec![
-        "file".to_owned(),
-        "bits/weight".to_owned(),
-        "size".to_owned(),
-    ];
+/// The table: all figures for one text; for several, perplexity and divergence of each side by side.
+/// What --fit has promised stands beside what came of it.
+fn table(texts: &[PathBuf], rungs: &[Rung]) -> Vec<Vec<String>> {
     let with_base = rungs[0].columns[0].divergence.is_some();
+    let with_promise = with_base && rungs.iter().any(|rung| rung.predicted.is_some());
+    let mut header = vec!["file".to_owned(), "bits/weight".into(), "size".into()];
     if let [_] = texts {
         header.push("PPL".into());
         if with_base {
@@ -221,6 +257,9 @@ fn table(texts: &[PathBuf], rungs: &[Rung]) -> String {
             header.extend(texts.iter().map(|text| format!("KLD {}", file_stem(text))));
         }
     }
+    if with_promise {
+        header.push("predicted KLD".into());
+    }
     header.push("tok/s".into());
 
     let mut lines = vec![header];
@@ -231,122 +270,72 @@ fn table(texts: &[PathBuf], rungs: &[Rung]) -> String {
             bytes(rung.file_bytes),
         ];
         line.extend(rung.columns.iter().map(|column| plus_minus(column.ppl, 3)));
-        if let [column] = &rung.columns[..] {
-            if let Some(d) = &column.divergence {
-                line.push(plus_minus(d.ln_ratio, 4));
-                line.push(plus_minus(d.kld, 5));
-                line.push(figure(d.kld_percentile(0.999), 4));
-                line.push(format!("{:.2} %", 100.0 * d.same_top));
-            }
+        let divergences = || rung.columns.iter().filter_map(|c| c.divergence.as_ref());
+        if let [_] = texts {
+            line.extend(divergences().flat_map(|d| {
+                [
+                    plus_minus(d.ln_ratio, 4),
+                    plus_minus(d.kld, 5),
+                    figure(d.kld_percentile(0.999), 4),
+                    format!("{:.2} %", 100.0 * d.same_top),
+                ]
+            }));
         } else {
-            let divergences = rung
-                .columns
-                .iter()
-                .filter_map(|column| column.divergence.as_ref());
-            line.extend(divergences.map(|d| plus_minus(d.kld, 5)));
+            line.extend(divergences().map(|d| plus_minus(d.kld, 5)));
+        }
+        if with_promise {
+            let promise = rung.predicted.map(|kld| figure(kld, 5));
+            line.push(promise.unwrap_or_default());
         }
         line.push(format!("{:.1}", rung.tok_s));
         lines.push(line);
     }
-    markdown(&lines)
+    lines
 }
 
-/// A Markdown table, its columns padded so that it reads well in a terminal too.
-fn markdown(lines: &[Vec<String>]) -> String {
-    let width = |column: usize| {
-        lines
-            .iter()
-            .map(|line| line[column].chars().count())
-            .max()
-            .unwrap_or(0)
+fn plot(rungs: &[Rung]) -> Plot {
+    let mean = |estimates: Vec<Estimate>| {
+        let n = estimates.len() as f64;
+        let sum = |part: fn(&Estimate) -> f64| estimates.iter().map(part).sum::<f64>();
+        Estimate {
+            value: sum(|e| e.value) / n,
+            se: sum(|e| e.se * e.se).sqrt() / n,
+        }
     };
-    let widths: Vec<usize> = (0..lines[0].len()).map(width).collect();
-    let mut table = String::new();
-    for (index, line) in lines.iter().enumerate() {
-        for (column, (cell, width)) in line.iter().zip(&widths).enumerate() {
-            // Names to the left, figures to the right.
-            let _ = if column == 0 {
-                write!(table, "| {cell:<width$} ")
-            } else {
-                write!(table, "| {cell:>width$} ")
-            };
-        }
-        table.push_str("|\n");
-        if index == 0 {
-            for (column, width) in widths.iter().enumerate() {
-                let _ = if column == 0 {
-                    write!(table, "|:{:-<1$}", "", width + 1)
-                } else {
-                    write!(table, "|{:-<1$}:", "", width + 1)
-                };
-            }
-            table.push_str("|\n");
-        }
+    let divergences = |rung: &Rung| -> Option<Vec<(Estimate, f64)>> {
+        let columns = rung.columns.iter().map(|column| column.divergence.as_ref());
+        columns.map(|d| d.map(|d| (d.kld, d.base.value))).collect()
+    };
+    let point = |rung: &Rung| Point {
+        name: file_stem(&rung.path),
+        bits_per_weight: rung.bits_per_weight,
+        ppl: mean(rung.columns.iter().map(|column| column.ppl).collect()),
+        kld: divergences(rung).map(|all| mean(all.into_iter().map(|(kld, _)| kld).collect())),
+    };
+    let base_ppl = rungs.first().and_then(divergences);
+    Plot {
+        points: rungs.iter().map(point).collect(),
+        base_ppl: base_ppl
+            .map(|all| all.iter().map(|(_, ppl)| ppl).sum::<f64>() / all.len() as f64),
     }
-    table
 }
 
-/// What the report's table was made from.
-fn heading(args: &Args) -> String {
+/// What the figures were made from.
+fn about(args: &Args, base: Option<&Base>) -> String {
     let texts: Vec<_> = args
         .texts
         .iter()
         .map(|text| text.display().to_string())
         .collect();
-    let base = args.base.as_ref().map_or(String::new(), |base| {
-        format!(", divergence from {}", base.display())
+    let base = base.map_or(String::new(), |base| {
+        format!(", divergence from {}", base.file().display())
     });
     let chunks = args
         .chunks
         .map_or(String::new(), |chunks| format!(", at most {chunks} chunks"));
     format!(
-        "# Ladder\n\nTexts: {}; chunks of {} tokens, the second half of each scored{chunks}{base}.\n",
+        "Texts: {}; chunks of {} tokens, the second half of each scored{chunks}{base}.",
         texts.join(", "),
         args.ctx
     )
-}
-
-/// A report under way: a file beside the final one, made before the work begins so that a path
-/// that cannot be written fails at once, and renamed when whole; deleted if it never is.
-struct Report<'a> {
-    path: &'a Path,
-    partial: PathBuf,
-    file: File,
-}
-
-impl<'a> Report<'a> {
-    fn create(path: &'a Path) -> anyhow::Result<Self> {
-        anyhow::ensure!(
-            !path.is_dir(),
-            "{}: is a folder; name a file for the report",
-            path.display()
-        );
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(".partial");
-        let partial = PathBuf::from(partial);
-        let file = File::create(&partial).with_context(|| cannot_write(path))?;
-        Ok(Self {
-            path,
-            partial,
-            file,
-        })
-    }
-
-    fn finish(mut self, heading: &str, table: &str) -> anyhow::Result<()> {
-        write!(self.file, "{heading}\n{table}")
-            .and_then(|()| self.file.sync_all())
-            .and_then(|()| std::fs::rename(&self.partial, self.path))
-            .with_context(|| cannot_write(self.path))
-    }
-}
-
-impl Drop for Report<'_> {
-    fn drop(&mut self) {
-        // Nothing is there any more once it has been renamed.
-        let _ = std::fs::remove_file(&self.partial);
-    }
-}
-
-fn cannot_write(path: &Path) -> String {
-    format!("{}: cannot write the report", path.display())
 }

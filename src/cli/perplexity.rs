@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::common::{
-    CHUNKS_BAR, ModelArgs, STDOUT, at_least, check_base, chunks_of, figure, plus_minus, print_json,
-    progress,
+    CHUNKS_BAR, ModelArgs, STDOUT, Vocabulary, at_least, check_base, chunks_of, figure, plus_minus,
+    print_json, progress,
 };
-use crate::perplexity::{Divergence, Estimate, Tally, score};
+use crate::perplexity::{Base, Divergence, Estimate, Tally, score};
 use anyhow::Context;
 
 /// Options of `fewbit perplexity`.
@@ -26,7 +26,8 @@ pub struct Args {
     /// Chunks to score at most
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = at_least(1))]
     chunks: Option<usize>,
-    /// Model to compare with, run with f32 activations: KL divergence, Δp, same top token
+    /// Model to compare with, run with f32 activations, or a base that `fewbit ladder --save-base` wrote: KL
+    /// divergence, Δp, same top token
     #[arg(long, value_name = "REF.gguf")]
     base: Option<PathBuf>,
     /// Print one JSON object
@@ -36,16 +37,24 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let saved = match &args.base {
+        Some(path) if Base::is_one(path) => Some(Base::read(path)?),
+        _ => None,
+    };
+    let live = args.base.as_deref().filter(|_| saved.is_none());
+    if let Some(path) = live {
+        let base = Vocabulary::read(path)?;
+        check_base(&base, &Vocabulary::read(args.model.path())?)?;
+    }
     let engine = args.model.load(Some(args.ctx))?;
-    let base = args
-        .base
-        .as_deref()
+    let base = live
         .map(|path| args.model.engine.load_base(path, args.ctx))
         .transpose()?;
-    if let Some(base) = &base {
-        check_base(base, &engine)?;
-    }
     let chunks = chunks_of(engine.tokenizer(), &args.text, args.ctx, args.chunks)?;
+    let kept = saved
+        .as_ref()
+        .map(|saved| saved.text(&chunks, engine.shape().vocab))
+        .transpose()?;
 
     let mut session = engine.session(args.ctx)?;
     let mut base_session = base
@@ -60,7 +69,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             .as_mut()
             .map(|base| score(base, &chunks, index))
             .transpose()?;
-        tally.add(engine.pool(), &scored, base.as_ref());
+        match kept {
+            Some(kept) => tally.add_against(engine.pool(), &scored, kept),
+            None => tally.add(engine.pool(), &scored, base.as_ref()),
+        }
         bar.inc(1);
         if !bar.is_hidden() && tally.tokens() > 0 {
             bar.set_message(format!("PPL {:.4}", tally.perplexity().value));
@@ -69,7 +81,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     drop(bar);
 
     let ppl = tally.perplexity();
-    let divergence = base.is_some().then(|| tally.divergence());
+    let divergence = args.base.is_some().then(|| tally.divergence());
     if args.json {
         let mut report = json!({
             "model": args.model.model,

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::{Engine, Error, Session};
 use crate::kernels::Phase;
-use crate::model::{Observer, Slot, forward_part};
+use crate::model::{Model, Observer, Slot, forward_part};
+use crate::tensor::Matrix;
 
 /// Texts on their way through the layers. Between two layers it holds each token's residual
 /// stream, 4 · hidden bytes: what a whole pass over one text after the other need not keep, but
@@ -14,6 +15,14 @@ pub struct Walk {
     session: Session,
     texts: Vec<Vec<u32>>,
     /// The residual streams, `[tokens of all texts, hidden]`.
+    x: Vec<f32>,
+    layer: usize,
+    /// Weights in place of the engine's.
+    variant: Option<Model>,
+}
+
+/// Where texts stand between two layers.
+pub struct Stand {
     x: Vec<f32>,
     layer: usize,
 }
@@ -43,6 +52,7 @@ impl Engine {
             texts,
             x,
             layer: 0,
+            variant: None,
         })
     }
 }
@@ -51,6 +61,46 @@ impl Walk {
     /// The layer that comes next; `None` when all are done.
     pub fn next_layer(&self) -> Option<usize> {
         (self.layer < self.session.engine().shape().layers).then_some(self.layer)
+    }
+
+    /// Where the texts stand now.
+    pub fn stand(&self) -> Stand {
+        Stand {
+            x: self.x.clone(),
+            layer: self.layer,
+        }
+    }
+
+    /// Puts the texts back to where they stood, and the engine's own weights in force, but for those in whose place `visit`
+    /// puts others, by name. `false` where the engine does not hold all its experts in memory: nothing is visited then.
+    ///
+    /// # Errors
+    /// Those of `visit`.
+    pub fn go_on_with<E>(
+        &mut self,
+        stand: &Stand,
+        visit: impl FnMut(&str, &mut Matrix) -> Result<(), E>,
+    ) -> Result<bool, E> {
+        self.x.copy_from_slice(&stand.x);
+        self.layer = stand.layer;
+        self.variant = self.session.engine().model.varied(visit)?;
+        Ok(self.variant.is_some())
+    }
+
+    /// Takes all texts through all layers that are left and calls `visit(text, position, logits)` for each token of
+    /// each text from position `from` on, in order.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn finish(
+        &mut self,
+        from: usize,
+        mut visit: impl FnMut(usize, usize, &[f32]),
+    ) -> Result<(), Error> {
+        while self.next_layer().is_some() {
+            self.pass(from, None, &mut visit, &mut || {})?;
+        }
+        Ok(())
     }
 
     /// Takes all texts through the next layer, and through the output head after the last one.
@@ -64,31 +114,48 @@ impl Walk {
         observer: Observer<'_>,
         mut progress: impl FnMut(),
     ) -> Result<(), Error> {
+        self.pass(0, Some(observer), &mut |_, _, _| {}, &mut progress)
+    }
+
+    fn pass(
+        &mut self,
+        logits_from: usize,
+        mut observer: Option<Observer<'_>>,
+        visit: &mut dyn FnMut(usize, usize, &[f32]),
+        progress: &mut dyn FnMut(),
+    ) -> Result<(), Error> {
         let engine = Arc::clone(self.session.engine());
-        let hidden = engine.shape().hidden;
+        let model = self.variant.as_ref().unwrap_or(&engine.model);
+        let (hidden, vocab) = (engine.shape().hidden, engine.shape().vocab);
         let last = self.layer + 1 == engine.shape().layers;
         let mut at = 0;
-        for text in &self.texts {
+        for (index, text) in self.texts.iter().enumerate() {
             self.session.rewind(0);
-            for part in text.chunks(engine.batch) {
+            for (part, start) in text.chunks(engine.batch).zip((0..).step_by(engine.batch)) {
                 let x = &mut self.x[at..at + part.len() * hidden];
                 at += x.len();
                 let mut state = engine.lock();
                 state.x[..x.len()].copy_from_slice(x);
+                let wanted = match last {
+                    true => logits_from.saturating_sub(start).min(part.len()),
+                    false => part.len(),
+                };
                 let slot = Slot {
                     cache: &mut self.session.cache,
                     tokens: part,
-                    logits_from: if last { 0 } else { part.len() },
+                    logits_from: wanted,
                 };
                 forward_part(
-                    &engine.model,
+                    model,
                     &engine.pool,
                     &engine.kernels,
                     Phase::Prompt,
                     &mut state,
                     vec![slot],
                     self.layer..self.layer + 1,
-                    Some(&mut *observer),
+                    observer
+                        .as_mut()
+                        .map(|observer| &mut **observer as Observer<'_>),
                 )?;
                 x.copy_from_slice(&state.x[..x.len()]);
                 if let Some(bad) = x.iter().position(|x| !x.is_finite()) {
@@ -96,6 +163,12 @@ impl Walk {
                         file: engine.path.clone(),
                         position: self.session.cache.len - part.len() + bad / hidden,
                     });
+                }
+                if last {
+                    let rows = state.logits.chunks_exact(vocab);
+                    for (position, logits) in (start + wanted..).zip(rows) {
+                        visit(index, position, logits);
+                    }
                 }
             }
             progress();

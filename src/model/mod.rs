@@ -22,7 +22,7 @@ pub use state::State;
 pub use weights::{Layer, Placement, Weights};
 
 use crate::gguf::{self, Gguf};
-use crate::tensor;
+use crate::tensor::{self, Matrix};
 
 /// Why a file does not make a model.
 #[derive(Debug, thiserror::Error)]
@@ -90,9 +90,27 @@ impl Model {
             rope,
         })
     }
+
+    /// The same model with other weights in some places: see [`Weights::varied`].
+    ///
+    /// # Errors
+    /// Those of `visit`.
+    pub fn varied<E>(
+        &self,
+        visit: impl FnMut(&str, &mut Matrix) -> Result<(), E>,
+    ) -> Result<Option<Self>, E> {
+        let weights = self.weights.varied(visit)?;
+        Ok(weights.map(|weights| Self {
+            config: self.config.clone(),
+            weights,
+            routing: self.routing,
+            rope: self.rope.clone(),
+        }))
+    }
 }
 
 /// The frequencies of the rotary embedding.
+#[derive(Clone)]
 struct Rope {
     /// Radians a position, for each pair of dimensions.
     frequencies: Vec<f64>,

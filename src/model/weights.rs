@@ -26,6 +26,7 @@ pub struct Weights {
 }
 
 /// The weights of a layer, its experts apart.
+#[derive(Clone)]
 pub struct Layer {
     /// `[hidden]`.
     pub attn_norm: Vec<f32>,
@@ -124,6 +125,59 @@ impl Weights {
             layers,
             experts,
         })
+    }
+}
+
+impl Weights {
+    /// The same weights over the same memory, but for matrices in whose place `visit` puts others. It sees all that may
+    /// be quantized, by name, those of several experts by the same; a tied head follows the embedding. `None`, and
+    /// nothing is visited, where experts are not all in memory.
+    ///
+    /// # Errors
+    /// Those of `visit`.
+    pub fn varied<E>(
+        &self,
+        mut visit: impl FnMut(&str, &mut Matrix) -> Result<(), E>,
+    ) -> Result<Option<Self>, E> {
+        let Experts::Resident(experts) = &self.experts else {
+            return Ok(None);
+        };
+        let (mut token_embd, mut output) = (self.token_embd.clone(), self.output.clone());
+        let (mut layers, mut experts) = (self.layers.clone(), experts.clone());
+        let tied = output.all().bytes.as_ptr() == token_embd.all().bytes.as_ptr();
+        visit(names::TOKEN_EMBD, &mut token_embd)?;
+        for (l, (layer, experts)) in layers.iter_mut().zip(&mut experts).enumerate() {
+            let own = [
+                (names::ATTN_Q, &mut layer.q),
+                (names::ATTN_K, &mut layer.k),
+                (names::ATTN_V, &mut layer.v),
+                (names::ATTN_OUTPUT, &mut layer.o),
+            ];
+            for (part, matrix) in own {
+                visit(&names::block(l, part), matrix)?;
+            }
+            let name = |part| match layer.router {
+                Some(_) => names::experts(l, part),
+                None => names::block(l, part),
+            };
+            for expert in experts {
+                visit(&name(names::FFN_GATE), &mut expert.gate)?;
+                visit(&name(names::FFN_UP), &mut expert.up)?;
+                visit(&name(names::FFN_DOWN), &mut expert.down)?;
+            }
+        }
+        match tied {
+            true => output = token_embd.clone(),
+            false => visit(names::OUTPUT, &mut output)?,
+        }
+        Ok(Some(Self {
+            token_embd,
+            output_norm: self.output_norm.clone(),
+            output,
+            rope_factors: self.rope_factors.clone(),
+            layers,
+            experts: Experts::Resident(experts),
+        }))
     }
 }
 

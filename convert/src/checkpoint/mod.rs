@@ -22,6 +22,7 @@ use serde::de::DeserializeOwned;
 pub(crate) use self::gguf::HEADER_MEMORY;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::recipe::{self, RecipeTensor};
 
 /// A checkpoint, opened: everything but the weights is read and checked.
 #[derive(Debug)]
@@ -209,6 +210,24 @@ impl Tensor {
     /// Rows of one expert: those that share a row of importance weights.
     pub fn rows_per_expert(&self) -> usize {
         self.shape.get(1).copied().unwrap_or(1)
+    }
+
+    /// Whether it is one of the matrices that recipes quantize.
+    pub fn is_quantized(&self) -> bool {
+        let Self {
+            name, shape, kind, ..
+        } = self;
+        recipe::is_quantized(&RecipeTensor {
+            name,
+            shape,
+            source: *kind,
+        })
+    }
+
+    /// Bytes that it takes in blocks of `kind`; `None` where these do not fill its rows.
+    pub fn bytes_as(&self, kind: BlockType) -> Option<u64> {
+        let row = kind.row_bytes(self.columns())?;
+        Some(row as u64 * self.rows() as u64)
     }
 
     /// Bytes that its rows take in the checkpoint.

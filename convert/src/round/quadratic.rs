@@ -82,6 +82,17 @@ impl Quadratic {
 }
 
 impl RawWindow {
+    /// `eᵀ H e`, of a row's errors those within the window.
+    pub fn cost(&self, errors: &[f32]) -> f64 {
+        let errors = &errors[self.start..self.start + self.len];
+        let rows = self.moments.chunks_exact(self.len).zip(errors);
+        rows.map(|(row, &error)| {
+            let terms = row.iter().zip(errors);
+            f64::from(error) * terms.map(|(m, e)| f64::from(m * e)).sum::<f64>()
+        })
+        .sum()
+    }
+
     /// Damps and factors; blocks have sub-blocks of `sub` columns.
     pub fn prepare(&self, sub: usize) -> Window {
         let n = self.len;

@@ -6,6 +6,7 @@ use std::process::Command;
 use fewbit_convert::Options;
 use fewbit_convert::dry_run::DryRun;
 use fewbit_convert::recipe::Mix;
+use indicatif::ProgressBar;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -33,7 +34,14 @@ fn command(arguments: &[&str]) -> std::process::Output {
 fn mixtral_has_46_7_billion_parameters_of_which_12_9_work() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("config.json"), MIXTRAL_8X7B).unwrap();
-    let run = DryRun::new(folder.path(), &Options::new(Mix::Q4_K_M), 4096, None).unwrap();
+    let run = DryRun::new(
+        folder.path(),
+        &Options::new(Mix::Q4_K_M),
+        4096,
+        None,
+        &ProgressBar::hidden(),
+    )
+    .unwrap();
     let figures = run.json();
     assert_eq!(figures["params_total"], 46_702_792_704_u64);
     assert_eq!(figures["params_active"], 12_879_925_248_u64);
@@ -65,9 +73,15 @@ fn mixtral_has_46_7_billion_parameters_of_which_12_9_work() {
 fn tensors_are_listed_with_the_recipes_types() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("config.json"), MIXTRAL_8X7B).unwrap();
-    let figures = DryRun::new(folder.path(), &Options::new(Mix::Q4_K_M), 512, None)
-        .unwrap()
-        .json();
+    let figures = DryRun::new(
+        folder.path(),
+        &Options::new(Mix::Q4_K_M),
+        512,
+        None,
+        &ProgressBar::hidden(),
+    )
+    .unwrap()
+    .json();
     let tensor = |name: &str| {
         figures["tensors"]
             .as_array()
@@ -92,7 +106,16 @@ fn tensors_are_listed_with_the_recipes_types() {
 fn a_longer_context_takes_more_ram_and_no_more_file() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("config.json"), MIXTRAL_8X7B).unwrap();
-    let run = |ctx| DryRun::new(folder.path(), &Options::new(Mix::Q5_K_M), ctx, None).unwrap();
+    let run = |ctx| {
+        DryRun::new(
+            folder.path(),
+            &Options::new(Mix::Q5_K_M),
+            ctx,
+            None,
+            &ProgressBar::hidden(),
+        )
+        .unwrap()
+    };
     let (short, long) = (run(4096), run(32768));
     assert_eq!(
         long.ram_bytes() - short.ram_bytes(),
@@ -113,7 +136,14 @@ fn a_complete_checkpoints_file_has_the_announced_length() {
             &common::random_model(experts),
         );
         for mix in [Mix::Q4_K_M, Mix::Q8_0, Mix::F16] {
-            let announced = DryRun::new(&model, &Options::new(mix), 4096, None).unwrap();
+            let announced = DryRun::new(
+                &model,
+                &Options::new(mix),
+                4096,
+                None,
+                &ProgressBar::hidden(),
+            )
+            .unwrap();
             let (file, gguf) = common::converted(&model, mix);
             assert_eq!(
                 announced.file_bytes(),
@@ -174,7 +204,14 @@ fn a_broken_tokenizer_is_no_missing_one() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("config.json"), MIXTRAL_8X7B).unwrap();
     fs::write(folder.path().join("tokenizer.json"), "{").unwrap();
-    let refused = DryRun::new(folder.path(), &Options::new(Mix::Q4_K_M), 512, None).unwrap_err();
+    let refused = DryRun::new(
+        folder.path(),
+        &Options::new(Mix::Q4_K_M),
+        512,
+        None,
+        &ProgressBar::hidden(),
+    )
+    .unwrap_err();
     assert!(refused.to_string().contains("tokenizer.json"), "{refused}");
 }
 
@@ -185,9 +222,15 @@ fn what_falls_back_is_said() {
     config["hidden_size"] = json!(192);
     config["head_dim"] = json!(48);
     fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-    let text = DryRun::new(folder.path(), &Options::new(Mix::Q4_K_S), 512, None)
-        .unwrap()
-        .to_string();
+    let text = DryRun::new(
+        folder.path(),
+        &Options::new(Mix::Q4_K_S),
+        512,
+        None,
+        &ProgressBar::hidden(),
+    )
+    .unwrap()
+    .to_string();
     assert!(
         text.contains("blk.0.attn_q.weight and 1 more: 192 columns"),
         "{text}"
