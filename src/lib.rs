@@ -5,6 +5,7 @@
 //!
 //! - [`quant`]: block types: layout, encode, decode
 //! - [`gguf`]: bytes ⇄ metadata and tensor table
+//! - [`store`]: where pulled models live, and their names
 //! - [`tokenizer`], [`plan`]: text ⇄ ids; sizes from metadata alone
 //! - [`tensor`]: mapped file → typed rows
 //! - [`experts`]: where experts live
@@ -17,6 +18,7 @@
 //! - `grammar`: texts that follow a JSON Schema or a grammar (feature `grammar`)
 //! - [`chat`], [`perplexity`], [`bench`](mod@bench): what is built on those two
 //! - `serve`: a server for OpenAI's clients (feature `serve`)
+//! - `pull`: downloads (feature `pull`)
 //! - [`calibrate`]: what the matrices of a model are given, counted into a file for the converter
 //! - [`cli`]: one file a command
 
@@ -39,10 +41,13 @@ pub mod kernels;
 pub mod model;
 pub mod perplexity;
 pub mod plan;
+#[cfg(feature = "pull")]
+pub mod pull;
 pub mod quant;
 pub mod sampler;
 #[cfg(feature = "serve")]
 pub mod serve;
+pub mod store;
 pub mod tensor;
 pub mod threads;
 pub mod tokenizer;

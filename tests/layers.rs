@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: [&[&str]; 13] = [
     &["quant"],
     &["gguf"],
-    &["tokenizer", "plan"],
+    &["tokenizer", "plan", "store"],
     &["tensor"],
     &["experts", "threads"],
     &["kernels"],
@@ -18,7 +18,7 @@ const LAYERS: [&[&str]; 13] = [
     &["sampler", "draft", "answer"],
     &["generation", "chat", "grammar", "perplexity", "bench"],
     &["calibrate"],
-    &["serve"],
+    &["serve", "pull"],
     &["cli"],
 ];
 

@@ -21,6 +21,7 @@ use crate::perplexity::{Chunks, Estimate};
 use crate::plan::fit::usual_context;
 use crate::plan::memory::{Memory, in_kib};
 use crate::quant::BlockType;
+use crate::store::{self, Entry};
 use crate::tensor::{fault, warm};
 use crate::threads::CpuSet;
 use crate::tokenizer::Tokenizer;
@@ -28,7 +29,7 @@ use crate::tokenizer::Tokenizer;
 /// Options of every command that loads a model.
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
-    /// Model file (GGUF; the first one of a split model)
+    /// Model: a file (GGUF; the first one of a split model), or a name from `fewbit list`
     #[arg(short, long, value_name = "FILE")]
     pub model: PathBuf,
     #[command(flatten)]
@@ -225,6 +226,43 @@ impl EngineArgs {
         }
         Ok(engine)
     }
+}
+
+/// The file that a command's argument means: the path, where there is something of this name; else the pulled
+/// model that is called so. What is written like a path and is not there is left for whoever opens it to report.
+pub fn model_file(argument: &Path) -> anyhow::Result<PathBuf> {
+    let as_given = || Ok(argument.to_owned());
+    if argument.exists() {
+        return as_given();
+    }
+    let (Some(name), Some(folder)) = (argument.to_str(), store::folder()) else {
+        return as_given();
+    };
+    let is_path = argument.is_absolute() || name.starts_with('.') || name.ends_with(".gguf");
+    let entries = models_in(&folder)?;
+    let entry = match store::find(&folder, &entries, name) {
+        Ok(entry) => entry,
+        Err(store::Unknown::None { .. }) if is_path => return as_given(),
+        Err(error) => return Err(error.into()),
+    };
+    if let Some(checkpoint) = &entry.checkpoint {
+        anyhow::bail!(
+            "{}: is a checkpoint: `fewbit-convert {} OUT.gguf --type Q4_K_M` makes a file to run of it",
+            entry.name,
+            checkpoint.display()
+        );
+    }
+    Ok(entry.path().to_owned())
+}
+
+/// The models in `folder`.
+pub fn models_in(folder: &Path) -> anyhow::Result<Vec<Entry>> {
+    store::list(folder).with_context(|| format!("{}: cannot list it", folder.display()))
+}
+
+/// Where models are put.
+pub fn model_folder() -> anyhow::Result<PathBuf> {
+    store::folder().context("there is no home folder to keep models in; set FEWBIT_HOME")
 }
 
 /// Reads a mapped file that is not in memory, with a progress bar. Small ones come in fast enough by themselves.

@@ -23,13 +23,13 @@ use crate::plan::Sizes;
 pub struct Args {
     /// Models to compare, GGUF
     #[arg(required = true, value_name = "MODEL")]
-    models: Vec<PathBuf>,
+    pub(super) models: Vec<PathBuf>,
     /// Text to score; several give a column each
     #[arg(short = 'f', long = "file", value_name = "TEXT", required = true)]
     texts: Vec<PathBuf>,
     /// Model to measure divergence from, run with f32 activations
     #[arg(long, value_name = "REF.gguf")]
-    base: Option<PathBuf>,
+    pub(super) base: Option<PathBuf>,
     /// Tokens of a chunk; its second half is scored
     #[arg(short, long, visible_alias = "ctx-size", value_name = "N", default_value_t = 512, allow_negative_numbers = true, value_parser = at_least(4))]
     ctx: usize,
