@@ -4,6 +4,7 @@ mod bench;
 mod calibrate;
 mod chat;
 mod common;
+mod doctor;
 mod experts;
 mod inspect;
 mod ladder;
@@ -76,6 +77,8 @@ enum Command {
     Experts(experts::Args),
     /// Prompt and decode speed, with the machine's limits beside them
     Bench(bench::Args),
+    /// What this machine has, and what would run on it how fast
+    Doctor(doctor::Args),
 }
 
 /// Runs the command that the process's arguments name. Exit codes: 0 done (a reader that hangs
@@ -112,6 +115,7 @@ fn run(mut command: Command) -> anyhow::Result<()> {
         Command::Plan(args) => plan::run(args),
         Command::Experts(args) => experts::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Doctor(args) => doctor::run(args),
     }
 }
 
@@ -132,6 +136,7 @@ impl Command {
             Self::Inspect(args) => vec![&mut args.file],
             Self::Plan(args) => vec![&mut args.model],
             Self::Bench(args) => vec![&mut args.model.model],
+            Self::Doctor(args) => args.model.iter_mut().collect(),
             #[cfg(feature = "pull")]
             Self::Pull(_) => Vec::new(),
             Self::List(_) | Self::Rm(_) | Self::Experts(_) => Vec::new(),

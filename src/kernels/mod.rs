@@ -32,6 +32,7 @@ pub mod linear;
 pub mod loud;
 #[cfg(target_arch = "aarch64")]
 pub mod neon;
+pub mod rates;
 pub mod scalar;
 pub mod tiles;
 pub mod unpack;
