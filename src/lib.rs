@@ -7,7 +7,7 @@
 //! - [`gguf`]: bytes ⇄ metadata and tensor table
 //! - [`store`]: where pulled models live, and their names
 //! - [`tokenizer`], [`plan`]: text ⇄ ids; sizes from metadata alone
-//! - [`tensor`]: mapped file → typed rows
+//! - [`tensor`], [`adapter`]: mapped file → typed rows; LoRA adapters
 //! - [`experts`]: where experts live
 //! - [`threads`], [`kernels`]: the pool; dot products and matrix products, one file an instruction set
 //! - [`model`]: configuration, weights, state, the forward pass
@@ -25,6 +25,7 @@
 #[cfg(target_endian = "big")]
 compile_error!("GGUF files are little-endian and are mapped as they are");
 
+pub mod adapter;
 pub mod answer;
 pub mod bench;
 pub mod calibrate;

@@ -10,7 +10,7 @@ const LAYERS: [&[&str]; 13] = [
     &["quant"],
     &["gguf"],
     &["tokenizer", "plan", "store"],
-    &["tensor"],
+    &["tensor", "adapter"],
     &["experts", "threads"],
     &["kernels"],
     &["model"],

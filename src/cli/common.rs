@@ -11,6 +11,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
+use crate::adapter::Chosen;
 use crate::chat::Style;
 use crate::engine::{self, ActivationMode, Engine, Loading, Options};
 use crate::experts::{Cache, Counters};
@@ -32,6 +33,9 @@ pub struct ModelArgs {
     /// Model: a file (GGUF; the first one of a split model), or a name from `fewbit list`
     #[arg(short, long, value_name = "FILE")]
     pub model: PathBuf,
+    /// LoRA adapter (PEFT's folder, or GGUF), with a scale if need be; may be given several times
+    #[arg(long, value_name = "FILE[:SCALE]")]
+    lora: Vec<Chosen>,
     #[command(flatten)]
     pub engine: EngineArgs,
 }
@@ -159,28 +163,43 @@ impl ModelArgs {
 
     /// Loads the model, to be run with a context of so many tokens (or the usual number).
     pub fn load(&self, context: Option<usize>) -> Result<Arc<Engine>, engine::Error> {
-        self.engine.load(&self.model, context)
+        let (activations, kv) = self.engine.modes();
+        self.engine
+            .load_with(&self.model, &self.lora, context, activations, kv)
+    }
+
+    /// What may be the names of pulled files.
+    pub fn files(&mut self) -> Vec<&mut PathBuf> {
+        let adapters = self.lora.iter_mut().map(|chosen| &mut chosen.path);
+        [&mut self.model].into_iter().chain(adapters).collect()
     }
 }
 
 impl EngineArgs {
     /// Loads the model in `path`, to be run with a context of so many tokens (or the usual number).
     pub fn load(&self, path: &Path, context: Option<usize>) -> Result<Arc<Engine>, engine::Error> {
+        let (activations, kv) = self.modes();
+        self.load_with(path, &[], context, activations, kv)
+    }
+
+    /// How weights meet activations, and how keys and values are kept.
+    fn modes(&self) -> (ActivationMode, Option<KvKind>) {
         let activations = match self.activations {
             Activations::Int8 => ActivationMode::Int8,
             Activations::F32 => ActivationMode::F32,
         };
-        self.load_with(path, context, activations, self.kv.map(KvKind::from))
+        (activations, self.kv.map(KvKind::from))
     }
 
     /// Loads the model that others are measured against: it runs exactly, whatever it holds.
     pub fn load_base(&self, path: &Path, context: usize) -> Result<Arc<Engine>, engine::Error> {
-        self.load_with(path, Some(context), ActivationMode::F32, None)
+        self.load_with(path, &[], Some(context), ActivationMode::F32, None)
     }
 
     fn load_with(
         &self,
         path: &Path,
+        lora: &[Chosen],
         context: Option<usize>,
         activations: ActivationMode,
         kv: Option<KvKind>,
@@ -199,6 +218,7 @@ impl EngineArgs {
             },
             lock: self.mlock,
             routing: self.routing,
+            lora: lora.to_vec(),
             context,
         };
         fault::explain();

@@ -123,19 +123,19 @@ impl Command {
     /// What on the command line names a model, and may be the name of a pulled one.
     fn models(&mut self) -> Vec<&mut PathBuf> {
         match self {
-            Self::Run(args) => vec![&mut args.model.model],
-            Self::Chat(args) => vec![&mut args.model.model],
+            Self::Run(args) => args.model.files(),
+            Self::Chat(args) => args.model.files(),
             #[cfg(feature = "serve")]
-            Self::Serve(args) => vec![&mut args.model.model],
+            Self::Serve(args) => args.model.files(),
             Self::Perplexity(args) => {
                 let base = args.base.iter_mut();
-                base.chain([&mut args.model.model]).collect()
+                base.chain(args.model.files()).collect()
             }
             Self::Ladder(args) => args.models.iter_mut().chain(&mut args.base).collect(),
             Self::Calibrate(args) => vec![&mut args.model],
             Self::Inspect(args) => vec![&mut args.file],
             Self::Plan(args) => vec![&mut args.model],
-            Self::Bench(args) => vec![&mut args.model.model],
+            Self::Bench(args) => args.model.files(),
             Self::Doctor(args) => args.model.iter_mut().collect(),
             #[cfg(feature = "pull")]
             Self::Pull(_) => Vec::new(),
