@@ -10,11 +10,12 @@ mod walk;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::adapter::{self, Adapter, Chosen};
 use crate::experts::trace::{Head, Trace};
 use crate::experts::{Cache, policy};
 use crate::gguf::{self, Gguf, names};
 use crate::kernels::{Kernels, Phase};
-use crate::model::{self, KvCache, KvKind, Model, Placement, Routing, Slot, State, forward};
+use crate::model::{self, KvCache, KvKind, Lora, Model, Placement, Routing, Slot, State, forward};
 use crate::plan::fit::{Fit, TooLittle};
 use crate::plan::memory::Memory;
 use crate::plan::{self, Shape};
@@ -32,6 +33,9 @@ pub enum Error {
     /// The file does not make a model.
     #[error(transparent)]
     Model(#[from] model::Error),
+    /// An adapter cannot be read, or is another model's.
+    #[error(transparent)]
+    Adapter(#[from] adapter::Error),
     /// Weights cannot be read while the model runs.
     #[error(transparent)]
     Weights(#[from] direct::Error),
@@ -201,6 +205,8 @@ pub struct Options {
     pub lock: bool,
     /// How experts are chosen.
     pub routing: Routing,
+    /// LoRA adapters that correct the model.
+    pub lora: Vec<Chosen>,
     /// Tokens of context to plan the memory for; `None` for the usual number, or fewer where those do not fit.
     pub context: Option<usize>,
 }
@@ -243,10 +249,18 @@ fn kv_kind(gguf: &Gguf, shape: &Shape, options: &Options) -> KvKind {
 
 /// What goes where in the memory that `options` allow; `None` where nobody said how much that is, and the
 /// system does not say either or leaves too little: the file is then mapped, and the system does what it can.
-fn fit(gguf: &Gguf, shape: &Shape, kv: KvKind, options: &Options) -> Result<Option<Fit>, Error> {
+/// Adapters take `adapter_bytes` of it.
+fn fit(
+    gguf: &Gguf,
+    shape: &Shape,
+    kv: KvKind,
+    adapter_bytes: u64,
+    options: &Options,
+) -> Result<Option<Fit>, Error> {
     let Some(memory) = options.memory.bytes() else {
         return Ok(None);
     };
+    let memory = memory.saturating_sub(adapter_bytes);
     if options.loading == Loading::Mapped {
         return Ok(None);
     }
@@ -319,7 +333,11 @@ impl Engine {
         let gguf = gguf::read(path)?;
         let shape = Shape::from_metadata(&gguf.metadata)?;
         let kv = kv_kind(&gguf, &shape, options);
-        let fit = fit(&gguf, &shape, kv, options)?;
+        let adapter = |chosen: &Chosen| Ok((Adapter::open(&chosen.path, &shape)?, chosen.scale));
+        let adapters: Result<Vec<_>, Error> = options.lora.iter().map(adapter).collect();
+        let adapters = adapters?;
+        let adapter_bytes = adapters.iter().map(|(adapter, _)| adapter.bytes()).sum();
+        let fit = fit(&gguf, &shape, kv, adapter_bytes, options)?;
         let placement = match fit.as_ref().and_then(|fit| fit.slots.as_ref()) {
             Some(slots) => Placement::Cached(slots, policy::Kind::default()),
             None if options.loading == Loading::Read => Placement::Read,
@@ -327,6 +345,11 @@ impl Engine {
         };
         let mut model = Model::open(&gguf, placement)?;
         model.routing = options.routing;
+        model.lora = match adapters.is_empty() {
+            true => None,
+            false => Some(Lora::new(&model.config, &adapters)),
+        };
+        drop(adapters);
         if options.lock {
             lock_memory().map_err(|source| Error::Lock {
                 file: path.to_owned(),

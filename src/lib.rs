@@ -5,8 +5,9 @@
 //!
 //! - [`quant`]: block types: layout, encode, decode
 //! - [`gguf`]: bytes ⇄ metadata and tensor table
+//! - [`store`]: where pulled models live, and their names
 //! - [`tokenizer`], [`plan`]: text ⇄ ids; sizes from metadata alone
-//! - [`tensor`]: mapped file → typed rows
+//! - [`tensor`], [`adapter`]: mapped file → typed rows; LoRA adapters
 //! - [`experts`]: where experts live
 //! - [`threads`], [`kernels`]: the pool; dot products and matrix products, one file an instruction set
 //! - [`model`]: configuration, weights, state, the forward pass
@@ -17,12 +18,14 @@
 //! - `grammar`: texts that follow a JSON Schema or a grammar (feature `grammar`)
 //! - [`chat`], [`perplexity`], [`bench`](mod@bench): what is built on those two
 //! - `serve`: a server for OpenAI's clients (feature `serve`)
+//! - `pull`: downloads (feature `pull`)
 //! - [`calibrate`]: what the matrices of a model are given, counted into a file for the converter
 //! - [`cli`]: one file a command
 
 #[cfg(target_endian = "big")]
 compile_error!("GGUF files are little-endian and are mapped as they are");
 
+pub mod adapter;
 pub mod answer;
 pub mod bench;
 pub mod calibrate;
@@ -39,10 +42,13 @@ pub mod kernels;
 pub mod model;
 pub mod perplexity;
 pub mod plan;
+#[cfg(feature = "pull")]
+pub mod pull;
 pub mod quant;
 pub mod sampler;
 #[cfg(feature = "serve")]
 pub mod serve;
+pub mod store;
 pub mod tensor;
 pub mod threads;
 pub mod tokenizer;

@@ -4,6 +4,7 @@
 //! from the one that it is going to write.
 
 pub mod fit;
+pub mod known;
 pub mod memory;
 
 use std::fmt;

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 const LAYERS: [&[&str]; 13] = [
     &["quant"],
     &["gguf"],
-    &["tokenizer", "plan"],
-    &["tensor"],
+    &["tokenizer", "plan", "store"],
+    &["tensor", "adapter"],
     &["experts", "threads"],
     &["kernels"],
     &["model"],
@@ -18,7 +18,7 @@ const LAYERS: [&[&str]; 13] = [
     &["sampler", "draft", "answer"],
     &["generation", "chat", "grammar", "perplexity", "bench"],
     &["calibrate"],
-    &["serve"],
+    &["serve", "pull"],
     &["cli"],
 ];
 

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use fewbit::adapter::Chosen;
 use fewbit::plan::memory::Memory;
 use fewbit::quant::BlockType;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -15,6 +16,7 @@ use serde_json::json;
 
 use crate::dry_run::DryRun;
 use crate::error::{Error, Result};
+use crate::export::{self, Dtype, export};
 use crate::fit::{self, Target, tensor_type};
 use crate::journal::with_suffix;
 use crate::pipeline::{Options, Report, convert};
@@ -35,6 +37,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Synth(SynthArgs),
+    Export(ExportArgs),
 }
 
 /// Quantizes a checkpoint into one GGUF file.
@@ -62,6 +65,9 @@ struct ConvertArgs {
     /// by the imatrix), gptq (the same with error feedback, by the moments of `fewbit calibrate --moments`)
     #[arg(long, value_name = "HOW", default_value_t = Round::Ggml)]
     round: Round,
+    /// LoRA adapter (PEFT's folder, or GGUF), added to the weights, with a scale if need be; may be given several times
+    #[arg(long, value_name = "FILE[:SCALE]")]
+    lora: Vec<Chosen>,
     /// Another block type for the matrices with a name that matches; the first that matches counts
     #[arg(long = "tensor-type", value_name = "REGEX=TYPE", value_parser = tensor_type)]
     tensor_types: Vec<(Regex, BlockType)>,
@@ -141,12 +147,65 @@ struct SynthArgs {
     json: bool,
 }
 
+/// Writes a GGUF file's model as a Hugging Face checkpoint (safetensors), for training and for other servers
+#[derive(Args)]
+struct ExportArgs {
+    /// GGUF file (the first one of a split model); what its quantization has lost does not come back
+    input: PathBuf,
+    /// Folder to make
+    output: PathBuf,
+    /// Type of the weights
+    #[arg(long, value_name = "TYPE", value_enum, default_value = "bf16")]
+    dtype: DtypeArg,
+    /// Bytes of weights in a file at most, such as 5GB
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "5GB")]
+    shard: u64,
+    /// Threads that encode [default: one a logical CPU]
+    #[arg(
+        short,
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        hide_default_value = true
+    )]
+    threads: usize,
+    /// Print one JSON object on stdout instead of the summary
+    #[arg(long)]
+    json: bool,
+}
+
+/// See [`Dtype`].
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DtypeArg {
+    Bf16,
+    F16,
+    F32,
+}
+
+impl From<DtypeArg> for Dtype {
+    fn from(dtype: DtypeArg) -> Self {
+        match dtype {
+            DtypeArg::Bf16 => Self::Bf16,
+            DtypeArg::F16 => Self::F16,
+            DtypeArg::F32 => Self::F32,
+        }
+    }
+}
+
+fn size(text: &str) -> std::result::Result<u64, String> {
+    match text.parse() {
+        Ok(Memory::Bytes(bytes)) => Ok(bytes),
+        _ => Err("must be a size such as 5GB or 800MiB".to_owned()),
+    }
+}
+
 /// Runs the command that the process's arguments name: exit code 0 if it is done, 1 if it failed, 2 on wrong usage.
 pub fn main() -> ExitCode {
     let cli = Cli::parse(); // leaves with code 2 by itself
     ignore_file_size_signal();
     let done = match (&cli.command, &cli.convert) {
         (Some(Command::Synth(args)), _) => run_synth(args),
+        (Some(Command::Export(args)), _) => run_export(args),
         (None, Some(args)) => run_convert(args),
         (None, None) => unreachable!("clap asks for a checkpoint"),
     };
@@ -169,6 +228,7 @@ fn run_convert(args: &ConvertArgs) -> Result<()> {
         overrides,
         fit: bytes.or(args.bpw.map(Target::BitsPerWeight)),
         imatrix: args.imatrix.clone(),
+        lora: args.lora.clone(),
         round: args.round,
         threads: args.threads,
         force: args.force,
@@ -243,6 +303,42 @@ fn run_synth(args: &SynthArgs) -> Result<()> {
             report.file_bytes,
         ));
     }
+    Ok(())
+}
+
+fn run_export(args: &ExportArgs) -> Result<()> {
+    let options = export::Options {
+        shard_bytes: args.shard,
+        threads: args.threads,
+        ..export::Options::new(args.dtype.into())
+    };
+    let progress = progress_bar();
+    let result = export(&args.input, &args.output, &options, &progress);
+    progress.finish_and_clear();
+    let report = result?;
+    let seconds = report.elapsed.as_secs_f64();
+    if args.json {
+        print(json!({
+            "folder": report.path.display().to_string(),
+            "files": report.shards,
+            "weight_bytes": report.bytes,
+            "decoded": report.decoded,
+            "seconds": seconds,
+        }));
+        return Ok(());
+    }
+    if report.decoded > 0 {
+        print(format_args!(
+            "{} quantized tensors are decoded; what their quantization lost does not come back",
+            report.decoded
+        ));
+    }
+    print(format_args!(
+        "{}: {} bytes of weights in {} files, {seconds:.1} s",
+        report.path.display(),
+        report.bytes,
+        report.shards
+    ));
     Ok(())
 }
 

@@ -1,8 +1,12 @@
 //! Encoding a chunk of rows, all threads at it: stored bytes → f32 → blocks.
 
+use std::path::Path;
+
 use fewbit::quant::BlockType;
 use rayon::prelude::*;
 
+use crate::error::Error;
+use crate::merge::Corrections;
 use crate::round::Rounder;
 
 /// Weights that a thread takes at a time, as whole rows.
@@ -29,6 +33,8 @@ pub struct Job<'a> {
     pub importance: Option<&'a [f32]>,
     /// What rounds the rows otherwise than ggml's encoder, made ready for their experts.
     pub rounder: Option<&'a Rounder<'a>>,
+    /// What adapters add to the rows first.
+    pub corrections: Option<&'a Corrections<'a>>,
 }
 
 /// A weight that cannot be encoded, by its place in the tensor.
@@ -40,6 +46,29 @@ pub struct BadWeight {
     pub column: usize,
     /// The weight.
     pub value: f32,
+}
+
+impl BadWeight {
+    /// As an error about `tensor` of the checkpoint in `path`, which was to be encoded as `kind`.
+    pub fn error(self, path: &Path, tensor: &str, kind: BlockType) -> Error {
+        let (tensor, row) = (tensor.to_owned(), self.row as u64);
+        match self.value.is_finite() {
+            true => Error::TooLarge {
+                tensor,
+                row,
+                column: self.column,
+                value: self.value,
+                kind,
+            },
+            false => Error::NotFinite {
+                path: path.to_owned(),
+                tensor,
+                row,
+                column: self.column,
+                value: self.value,
+            },
+        }
+    }
 }
 
 impl Job<'_> {
@@ -87,6 +116,9 @@ impl Job<'_> {
         encoded: &mut [u8],
     ) -> Result<(), BadWeight> {
         self.from.decode_row(stored, weights);
+        if let Some(corrections) = self.corrections {
+            corrections.add(row, weights);
+        }
         let bad = |column: usize, weights: &[f32]| BadWeight {
             row,
             column,
@@ -100,7 +132,7 @@ impl Job<'_> {
             let column = weights.iter().position(|weight| !weight.is_finite());
             return Err(bad(column.expect("the peak is one"), weights));
         }
-        if self.from == self.to {
+        if self.from == self.to && self.corrections.is_none() {
             encoded.copy_from_slice(stored);
             return Ok(());
         }

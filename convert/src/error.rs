@@ -27,6 +27,9 @@ pub enum Error {
     /// A GGUF file could not be read, or the output's metadata could not be laid out.
     #[error(transparent)]
     Gguf(#[from] fewbit::gguf::Error),
+    /// An adapter could not be read, or is another model's.
+    #[error(transparent)]
+    Adapter(#[from] fewbit::adapter::Error),
     /// A tensor's bytes reach past the end of its file.
     #[error("{}: truncated: tensor {tensor} needs bytes up to {needed}, the file has {present}: download it again", path.display())]
     Truncated {

@@ -23,6 +23,8 @@ pub struct Fingerprint {
     pub types: Vec<String>,
     /// How weights are rounded.
     pub round: String,
+    /// How strong the adapters are that are added to them.
+    pub adapters: Vec<String>,
 }
 
 /// A file, as far as it can be told without reading it.

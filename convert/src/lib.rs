@@ -5,8 +5,10 @@
 //! - [`sentencepiece`], [`tokenizer_json`], [`tekken`]: the files that a vocabulary comes in
 //! - [`recipe`], [`plan`]: a type for every tensor; the output, laid out
 //! - [`imatrix`], [`encode`]: rows in, blocks out; [`moments`], [`round`]: better ones; [`fit`]: types for a size
+//! - [`merge`]: LoRA adapters, added to the weights on their way
 //! - [`pipeline`], [`journal`]: reading, encoding and writing at once, in bounded memory; going on after a cut
 //! - [`dry_run`]: what a conversion would give; [`synth`]: files of random weights, for benchmarks
+//! - [`export`]: a GGUF file back to a Hugging Face checkpoint
 //! - [`cli`]: the command line
 
 mod bounded;
@@ -17,9 +19,11 @@ mod disk;
 pub mod dry_run;
 pub mod encode;
 mod error;
+pub mod export;
 pub mod fit;
 pub mod imatrix;
 pub mod journal;
+pub mod merge;
 pub mod metadata;
 pub mod moments;
 mod output;

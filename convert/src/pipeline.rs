@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use fewbit::adapter::{Adapter, Chosen};
 use fewbit::gguf::Writer;
 use fewbit::quant::BlockType;
 use indicatif::ProgressBar;
@@ -23,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::fit::{self, Fitted, Target};
 use crate::imatrix::{self, Imatrix};
 use crate::journal::{Fingerprint, InputPrint, Journal, with_suffix};
+use crate::merge::{self, Corrections};
 use crate::moments::Moments;
 use crate::output::Output;
 use crate::plan::Plan;
@@ -41,6 +43,8 @@ pub struct Options {
     pub overrides: Vec<(Regex, BlockType)>,
     /// Importance matrix that guides the encoding.
     pub imatrix: Option<PathBuf>,
+    /// LoRA adapters that are added to the weights before they are encoded.
+    pub lora: Vec<Chosen>,
     /// How weights are rounded; anything but ggml's way needs an imatrix.
     pub round: Round,
     /// The size that types are chosen for, in place of the recipe's.
@@ -62,6 +66,7 @@ impl Options {
             mix,
             overrides: Vec::new(),
             imatrix: None,
+            lora: Vec::new(),
             round: Round::Ggml,
             fit: None,
             threads: 0,
@@ -146,7 +151,11 @@ pub fn convert(
     Output::check(output, options.force)?;
     let mut checkpoint = Checkpoint::open(input)?;
     let inputs = checkpoint.files.iter().map(|f| f.path.as_path());
-    Output::refuse_inputs(output, inputs.chain(options.imatrix.as_deref()))?;
+    let adapters = options.lora.iter().map(|chosen| chosen.path.as_path());
+    Output::refuse_inputs(
+        output,
+        inputs.chain(options.imatrix.as_deref()).chain(adapters),
+    )?;
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(options.threads)
         .build();
@@ -159,10 +168,20 @@ pub fn convert(
     let promise = fitted.as_ref().map(|fitted| fitted.kld);
     let plan = Plan::new(&mut checkpoint, options, imatrix.as_ref(), promise)?;
 
+    let adapters = merge::open(
+        &options.lora,
+        &plan.shape,
+        &checkpoint,
+        options.allow_requantize,
+    )?;
+
     let present = fs::metadata(with_suffix(output, ".partial")).map_or(0, |found| found.len());
     disk::require(output, plan.layout.file_bytes().saturating_sub(present))?;
     let file = Output::claim(output, options.force)?;
-    let journal = Journal::new(file.partial(), fingerprint(&checkpoint, &plan, options)?);
+    let journal = Journal::new(
+        file.partial(),
+        fingerprint(&checkpoint, &plan, &adapters, options)?,
+    );
     let (writer, kept) = open_writer(file.partial(), &plan, &journal)?;
 
     let run = Run {
@@ -171,6 +190,7 @@ pub fn convert(
         imatrix: imatrix.as_ref(),
         round: options.round,
         moments: moments.as_ref(),
+        adapters: &adapters,
         kept,
         progress,
     };
@@ -215,6 +235,7 @@ struct Run<'a> {
     imatrix: Option<&'a Imatrix>,
     round: Round,
     moments: Option<&'a Moments>,
+    adapters: &'a [(Adapter, f32)],
     kept: usize,
     progress: &'a ProgressBar,
 }
@@ -273,12 +294,13 @@ impl Run<'_> {
         stored: Receiver<Chunk>,
         to_write: SyncSender<Chunk>,
     ) -> Result<()> {
-        let mut rounder = None;
+        let (mut rounder, mut corrections) = (None, None);
         for chunk in stored {
             let tensor = &self.checkpoint.tensors[chunk.tensor];
             let kind = self.plan.kinds[chunk.tensor];
             if chunk.first_row == 0 {
                 self.progress.set_message(tensor.name.clone());
+                corrections = Corrections::of(self.adapters, tensor);
                 rounder = match self.imatrix {
                     Some(imatrix) => Rounder::new(self.round, kind, tensor, imatrix, self.moments)?,
                     None => None,
@@ -299,30 +321,11 @@ impl Run<'_> {
                 rows_per_expert: tensor.rows_per_expert(),
                 importance: self.imatrix.map(|i| i.of(tensor)).transpose()?.flatten(),
                 rounder: rounder.as_ref(),
+                corrections: corrections.as_ref(),
             };
             let mut bytes = Vec::new();
-            pool.install(|| job.encode(&chunk.bytes, &mut bytes))
-                .map_err(|bad| {
-                    let (name, row) = (tensor.name.clone(), bad.row as u64);
-                    if bad.value.is_finite() {
-                        Error::TooLarge {
-                            tensor: name,
-                            row,
-                            column: bad.column,
-                            value: bad.value,
-                            kind: job.to,
-                        }
-                    } else {
-                        let path = self.checkpoint.path.clone();
-                        Error::NotFinite {
-                            path,
-                            tensor: name,
-                            row,
-                            column: bad.column,
-                            value: bad.value,
-                        }
-                    }
-                })?;
+            let encoded = pool.install(|| job.encode(&chunk.bytes, &mut bytes));
+            encoded.map_err(|bad| bad.error(&self.checkpoint.path, &tensor.name, job.to))?;
             self.progress.inc(chunk.bytes.len() as u64);
             if to_write.send(Chunk { bytes, ..chunk }).is_err() {
                 return Ok(());
@@ -381,15 +384,28 @@ fn open_writer(partial: &Path, plan: &Plan, journal: &Journal) -> Result<(Writer
     Ok((Writer::create(partial, plan.layout.clone())?, 0))
 }
 
-fn fingerprint(checkpoint: &Checkpoint, plan: &Plan, options: &Options) -> Result<Fingerprint> {
+fn fingerprint(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    adapters: &[(Adapter, f32)],
+    options: &Options,
+) -> Result<Fingerprint> {
     let mut inputs: Vec<InputPrint> = checkpoint.files.iter().map(InputPrint::from).collect();
     if let Some(imatrix) = &options.imatrix {
         inputs.push(InputPrint::from(&InputFile::open(imatrix)?));
+    }
+    for file in adapters.iter().flat_map(|(adapter, _)| &adapter.files) {
+        inputs.push(InputPrint::from(&InputFile::open(file)?));
     }
     Ok(Fingerprint {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         inputs,
         types: plan.kinds.iter().map(|k| k.to_string()).collect(),
         round: options.round.to_string(),
+        adapters: options
+            .lora
+            .iter()
+            .map(|chosen| chosen.scale.to_string())
+            .collect(),
     })
 }

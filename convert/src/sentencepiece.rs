@@ -134,6 +134,65 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<SpmModel> {
     Ok(model)
 }
 
+/// The file that says what `model` does; [`read`] gives it back.
+pub fn encode(model: &SpmModel) -> Vec<u8> {
+    let mut file = Vec::new();
+    for piece in &model.pieces {
+        let mut fields = Vec::new();
+        put_bytes(&mut fields, 1, piece.text.as_bytes());
+        put_varint(&mut fields, 2 << 3 | 5);
+        fields.extend_from_slice(&piece.score.to_le_bytes());
+        if piece.kind != TokenKind::Normal {
+            put_number(&mut fields, 3, piece.kind as u64);
+        }
+        put_bytes(&mut file, 1, &fields);
+    }
+    let mut trainer = Vec::new();
+    put_number(&mut trainer, 3, 2);
+    put_number(&mut trainer, 4, model.pieces.len() as u64);
+    let bytes = model
+        .pieces
+        .iter()
+        .any(|piece| piece.kind == TokenKind::Byte);
+    put_number(&mut trainer, 35, bytes.into());
+    for (field, id) in [
+        (40, model.unk),
+        (41, model.bos),
+        (42, model.eos),
+        (43, model.pad),
+    ] {
+        // "None" is -1.
+        put_number(&mut trainer, field, id.map_or(u64::MAX, u64::from));
+    }
+    put_bytes(&mut file, 2, &trainer);
+    let mut normalizer = Vec::new();
+    put_bytes(&mut normalizer, 1, b"identity");
+    put_number(&mut normalizer, 3, model.add_dummy_prefix.into());
+    put_number(&mut normalizer, 4, 0);
+    put_number(&mut normalizer, 5, 1);
+    put_bytes(&mut file, 3, &normalizer);
+    file
+}
+
+fn put_varint(out: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+fn put_number(out: &mut Vec<u8>, field: u64, value: u64) {
+    put_varint(out, field << 3);
+    put_varint(out, value);
+}
+
+fn put_bytes(out: &mut Vec<u8>, field: u64, bytes: &[u8]) {
+    put_varint(out, field << 3 | 2);
+    put_varint(out, bytes.len() as u64);
+    out.extend_from_slice(bytes);
+}
+
 fn piece(mut fields: Message) -> Result<Piece> {
     let path = fields.path;
     let mut piece = Piece {

@@ -23,7 +23,7 @@ use crate::plan::{Group, Sizes};
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    model: ModelArgs,
+    pub(super) model: ModelArgs,
     /// Tokens of the prompt tests, separated by commas; 0 for none
     #[arg(short = 'p', long, value_name = "N", value_delimiter = ',', default_value = "512", value_parser = tokens)]
     prompt: Vec<usize>,

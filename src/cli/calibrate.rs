@@ -21,7 +21,7 @@ use crate::perplexity::Chunks;
 pub struct Args {
     /// Model to watch: the unquantized one, or its Q8_0; it is run with f32 activations
     #[arg(short, long, value_name = "REF.gguf")]
-    model: PathBuf,
+    pub(super) model: PathBuf,
     /// Text to run it on; not the one that results are judged on
     #[arg(short = 'f', long = "file", value_name = "TEXT", required = true)]
     texts: Vec<PathBuf>,

@@ -28,7 +28,7 @@ use interrupt::Interrupt;
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    model: ModelArgs,
+    pub(super) model: ModelArgs,
     /// Context: tokens of the whole conversation [default: 4096, or what the model was trained for if that is less]
     #[arg(short, long, visible_alias = "ctx-size", value_name = "N", allow_negative_numbers = true, value_parser = at_least(1))]
     ctx: Option<usize>,

@@ -11,6 +11,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
+use crate::adapter::Chosen;
 use crate::chat::Style;
 use crate::engine::{self, ActivationMode, Engine, Loading, Options};
 use crate::experts::{Cache, Counters};
@@ -22,6 +23,7 @@ use crate::plan::Shape;
 use crate::plan::fit::usual_context;
 use crate::plan::memory::{Memory, in_kib};
 use crate::quant::BlockType;
+use crate::store::{self, Entry};
 use crate::tensor::{fault, warm};
 use crate::threads::CpuSet;
 use crate::tokenizer::Tokenizer;
@@ -29,9 +31,12 @@ use crate::tokenizer::Tokenizer;
 /// Options of every command that loads a model.
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
-    /// Model file (GGUF; the first one of a split model)
+    /// Model: a file (GGUF; the first one of a split model), or a name from `fewbit list`
     #[arg(short, long, value_name = "FILE")]
     pub model: PathBuf,
+    /// LoRA adapter (PEFT's folder, or GGUF), with a scale if need be; may be given several times
+    #[arg(long, value_name = "FILE[:SCALE]")]
+    lora: Vec<Chosen>,
     #[command(flatten)]
     pub engine: EngineArgs,
 }
@@ -159,28 +164,43 @@ impl ModelArgs {
 
     /// Loads the model, to be run with a context of so many tokens (or the usual number).
     pub fn load(&self, context: Option<usize>) -> Result<Arc<Engine>, engine::Error> {
-        self.engine.load(&self.model, context)
+        let (activations, kv) = self.engine.modes();
+        self.engine
+            .load_with(&self.model, &self.lora, context, activations, kv)
+    }
+
+    /// What may be the names of pulled files.
+    pub fn files(&mut self) -> Vec<&mut PathBuf> {
+        let adapters = self.lora.iter_mut().map(|chosen| &mut chosen.path);
+        [&mut self.model].into_iter().chain(adapters).collect()
     }
 }
 
 impl EngineArgs {
     /// Loads the model in `path`, to be run with a context of so many tokens (or the usual number).
     pub fn load(&self, path: &Path, context: Option<usize>) -> Result<Arc<Engine>, engine::Error> {
+        let (activations, kv) = self.modes();
+        self.load_with(path, &[], context, activations, kv)
+    }
+
+    /// How weights meet activations, and how keys and values are kept.
+    fn modes(&self) -> (ActivationMode, Option<KvKind>) {
         let activations = match self.activations {
             Activations::Int8 => ActivationMode::Int8,
             Activations::F32 => ActivationMode::F32,
         };
-        self.load_with(path, context, activations, self.kv.map(KvKind::from))
+        (activations, self.kv.map(KvKind::from))
     }
 
     /// Loads the model that others are measured against: it runs exactly, whatever it holds.
     pub fn load_base(&self, path: &Path, context: usize) -> Result<Arc<Engine>, engine::Error> {
-        self.load_with(path, Some(context), ActivationMode::F32, None)
+        self.load_with(path, &[], Some(context), ActivationMode::F32, None)
     }
 
     fn load_with(
         &self,
         path: &Path,
+        lora: &[Chosen],
         context: Option<usize>,
         activations: ActivationMode,
         kv: Option<KvKind>,
@@ -199,6 +219,7 @@ impl EngineArgs {
             },
             lock: self.mlock,
             routing: self.routing,
+            lora: lora.to_vec(),
             context,
         };
         fault::explain();
@@ -226,6 +247,43 @@ impl EngineArgs {
         }
         Ok(engine)
     }
+}
+
+/// The file that a command's argument means: the path, where there is something of this name; else the pulled
+/// model that is called so. What is written like a path and is not there is left for whoever opens it to report.
+pub fn model_file(argument: &Path) -> anyhow::Result<PathBuf> {
+    let as_given = || Ok(argument.to_owned());
+    if argument.exists() {
+        return as_given();
+    }
+    let (Some(name), Some(folder)) = (argument.to_str(), store::folder()) else {
+        return as_given();
+    };
+    let is_path = argument.is_absolute() || name.starts_with('.') || name.ends_with(".gguf");
+    let entries = models_in(&folder)?;
+    let entry = match store::find(&folder, &entries, name) {
+        Ok(entry) => entry,
+        Err(store::Unknown::None { .. }) if is_path => return as_given(),
+        Err(error) => return Err(error.into()),
+    };
+    if let Some(checkpoint) = &entry.checkpoint {
+        anyhow::bail!(
+            "{}: is a checkpoint: `fewbit-convert {} OUT.gguf --type Q4_K_M` makes a file to run of it",
+            entry.name,
+            checkpoint.display()
+        );
+    }
+    Ok(entry.path().to_owned())
+}
+
+/// The models in `folder`.
+pub fn models_in(folder: &Path) -> anyhow::Result<Vec<Entry>> {
+    store::list(folder).with_context(|| format!("{}: cannot list it", folder.display()))
+}
+
+/// Where models are put.
+pub fn model_folder() -> anyhow::Result<PathBuf> {
+    store::folder().context("there is no home folder to keep models in; set FEWBIT_HOME")
 }
 
 /// Reads a mapped file that is not in memory, with a progress bar. Small ones come in fast enough by themselves.

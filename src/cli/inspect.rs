@@ -16,8 +16,8 @@ use check::Finding;
 /// Options of `fewbit inspect`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// GGUF file (the first one of a split model)
-    file: PathBuf,
+    /// GGUF file (the first one of a split model), or a name from `fewbit list`
+    pub(super) file: PathBuf,
     /// Decode every weight and report NaN and infinity; exit code 1 if there are any
     #[arg(long)]
     check: bool,

@@ -26,13 +26,13 @@ use report::{Content, Report, markdown};
 pub struct Args {
     /// Models to compare, GGUF
     #[arg(required = true, value_name = "MODEL")]
-    models: Vec<PathBuf>,
+    pub(super) models: Vec<PathBuf>,
     /// Text to score; several give a column each
     #[arg(short = 'f', long = "file", value_name = "TEXT", required = true)]
     texts: Vec<PathBuf>,
     /// What to measure divergence from: a model, run with f32 activations, or a base that --save-base wrote
     #[arg(long, value_name = "REF.gguf")]
-    base: Option<PathBuf>,
+    pub(super) base: Option<PathBuf>,
     /// Keep the base's distributions in this file: their top tokens, the others' mass, and draws from these
     #[arg(long, value_name = "FILE", requires = "base")]
     save_base: Option<PathBuf>,

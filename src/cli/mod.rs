@@ -4,11 +4,16 @@ mod bench;
 mod calibrate;
 mod chat;
 mod common;
+mod doctor;
 mod experts;
 mod inspect;
 mod ladder;
+mod list;
 mod perplexity;
 mod plan;
+#[cfg(feature = "pull")]
+mod pull;
+mod rm;
 mod run;
 mod sampling;
 #[cfg(feature = "serve")]
@@ -17,11 +22,12 @@ mod serve;
 mod shape;
 
 use std::io::ErrorKind;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use common::{Usage, note};
+use common::{Usage, model_file, note};
 
 /// Mixtral-family models in few bits on ordinary computers.
 #[derive(Parser)]
@@ -58,18 +64,42 @@ enum Command {
     Calibrate(calibrate::Args),
     /// What a GGUF file holds: metadata, tensors, parameters
     Inspect(inspect::Args),
+    /// Download a model: from a Hugging Face hub, or any URL
+    #[cfg(feature = "pull")]
+    Pull(pull::Args),
+    /// The models that were pulled; -m takes their names
+    List(list::Args),
+    /// Remove pulled models
+    Rm(rm::Args),
     /// What goes where in so much memory, and the speed to expect
     Plan(plan::Args),
     /// What a cache of experts makes of recorded routing
     Experts(experts::Args),
     /// Prompt and decode speed, with the machine's limits beside them
     Bench(bench::Args),
+    /// What this machine has, and what would run on it how fast
+    Doctor(doctor::Args),
 }
 
 /// Runs the command that the process's arguments name. Exit codes: 0 done (a reader that hangs
 /// up early included), 1 failed with one line on standard error, 2 wrong usage.
 pub fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let result = run(Cli::parse().command);
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            note(format_args!("fewbit: {}", one_line(&error)));
+            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(mut command: Command) -> anyhow::Result<()> {
+    for model in command.models() {
+        *model = model_file(model)?;
+    }
+    match command {
         Command::Run(args) => run::run(args),
         Command::Chat(args) => chat::run(args),
         #[cfg(feature = "serve")]
@@ -78,16 +108,38 @@ pub fn main() -> ExitCode {
         Command::Ladder(args) => ladder::run(args),
         Command::Calibrate(args) => calibrate::run(args),
         Command::Inspect(args) => inspect::run(args),
+        #[cfg(feature = "pull")]
+        Command::Pull(args) => pull::run(args),
+        Command::List(args) => list::run(args),
+        Command::Rm(args) => rm::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Experts(args) => experts::run(args),
         Command::Bench(args) => bench::run(args),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            note(format_args!("fewbit: {}", one_line(&error)));
-            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+        Command::Doctor(args) => doctor::run(args),
+    }
+}
+
+impl Command {
+    /// What on the command line names a model, and may be the name of a pulled one.
+    fn models(&mut self) -> Vec<&mut PathBuf> {
+        match self {
+            Self::Run(args) => args.model.files(),
+            Self::Chat(args) => args.model.files(),
+            #[cfg(feature = "serve")]
+            Self::Serve(args) => args.model.files(),
+            Self::Perplexity(args) => {
+                let base = args.base.iter_mut();
+                base.chain(args.model.files()).collect()
+            }
+            Self::Ladder(args) => args.models.iter_mut().chain(&mut args.base).collect(),
+            Self::Calibrate(args) => vec![&mut args.model],
+            Self::Inspect(args) => vec![&mut args.file],
+            Self::Plan(args) => vec![&mut args.model],
+            Self::Bench(args) => args.model.files(),
+            Self::Doctor(args) => args.model.iter_mut().collect(),
+            #[cfg(feature = "pull")]
+            Self::Pull(_) => Vec::new(),
+            Self::List(_) | Self::Rm(_) | Self::Experts(_) => Vec::new(),
         }
     }
 }

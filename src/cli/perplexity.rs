@@ -16,7 +16,7 @@ use anyhow::Context;
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    model: ModelArgs,
+    pub(super) model: ModelArgs,
     /// Text to score
     #[arg(short = 'f', long = "file", value_name = "TEXT")]
     text: PathBuf,
@@ -29,7 +29,7 @@ pub struct Args {
     /// Model to compare with, run with f32 activations, or a base that `fewbit ladder --save-base` wrote: KL
     /// divergence, Δp, same top token
     #[arg(long, value_name = "REF.gguf")]
-    base: Option<PathBuf>,
+    pub(super) base: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,

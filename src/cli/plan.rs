@@ -23,9 +23,9 @@ const PROBE: Duration = Duration::from_secs(1);
 /// Options of `fewbit plan`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Model file (GGUF; the first one of a split model)
+    /// Model: a file (GGUF; the first one of a split model), or a name from `fewbit list`
     #[arg(short, long, value_name = "FILE")]
-    model: PathBuf,
+    pub(super) model: PathBuf,
     /// Memory that the model may take, such as 12GiB; auto is what the system has to spare
     #[arg(long, value_name = "SIZE", default_value_t = Memory::Auto)]
     memory: Memory,

@@ -20,7 +20,7 @@ use crate::sampler::Sampler;
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    model: ModelArgs,
+    pub(super) model: ModelArgs,
     /// Tokens to generate at most [default: until the context is full]
     #[arg(
         short,

@@ -31,6 +31,7 @@ use crate::quant::BlockType;
 pub use error::Error;
 pub use metadata::Metadata;
 pub use read::{parse, read, read_within};
+pub use split::SplitName;
 pub use value::{Array, Value};
 pub use write::{Layout, TensorDecl, Writer, write_whole};
 

@@ -13,16 +13,19 @@ const KEY_COUNT: &str = "split.count";
 const KEY_TENSORS: &str = "split.tensors.count";
 
 /// A file name of the form `PREFIX-0000k-of-0000N.gguf`.
-struct SplitName {
-    prefix: String,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SplitName {
+    /// `PREFIX`.
+    pub prefix: String,
     /// `k`, from 1.
-    number: usize,
+    pub number: usize,
     /// `N`.
-    count: usize,
+    pub count: usize,
 }
 
 impl SplitName {
-    fn of(path: &Path) -> Option<Self> {
+    /// The parts of `path`'s file name; `None` where it has another form.
+    pub fn of(path: &Path) -> Option<Self> {
         let stem = path.file_name()?.to_str()?.strip_suffix(".gguf")?;
         let (rest, count) = five_digits(stem)?;
         let (prefix, number) = five_digits(rest.strip_suffix("-of-")?)?;

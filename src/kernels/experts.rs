@@ -9,6 +9,7 @@
 use std::ops::Range;
 
 use super::linear::{Cut, Dots, FEW_TOKENS, Out, Runs, TileProducts, chunks, multiply};
+use super::low_rank::{Corrections, Inner, add_down};
 use super::{Activations, Kernels, Phase, TILE_ROWS, TILE_TOKENS};
 use crate::experts::Visit;
 use crate::tensor::Rows;
@@ -65,6 +66,12 @@ impl Routes {
         self.starts.len().saturating_sub(1)
     }
 
+    /// The expert of each route, by index.
+    pub(super) fn expert_of(&self) -> Vec<usize> {
+        let routes_of = |expert| self.of(expert).map(move |_| expert);
+        (0..self.experts()).flat_map(routes_of).collect()
+    }
+
     /// The routes of `expert`, by index.
     pub fn of(&self, expert: usize) -> Range<usize> {
         self.starts[expert]..self.starts[expert + 1]
@@ -75,7 +82,8 @@ impl Routes {
 /// which come in portions where they have to be read first. The sums do not depend on how.
 ///
 /// `hidden` is scratch for one row of `ffn` columns a route; `residual` holds `x.len()` rows of
-/// as many columns as `x`.
+/// as many columns as `x`. The experts' matrices are corrected by `corrections`, one entry an expert, or
+/// none at all.
 ///
 /// # Errors
 /// When an expert cannot be read; `residual` then holds something in between.
@@ -85,6 +93,7 @@ pub fn feed_forward(
     kernels: &Kernels,
     phase: Phase,
     mut experts: Visit<'_>,
+    corrections: &Corrections,
     routes: &Routes,
     x: &Activations,
     hidden: &mut Activations,
@@ -96,10 +105,21 @@ pub fn feed_forward(
         kernels,
         phase,
         routes,
+        corrections: Inner::new(pool, kernels, corrections, routes, x),
     };
     while let Some(portion) = experts.portion()? {
         layer.gate(&portion.gates, x, hidden);
         layer.down(&portion.downs, hidden, x.len(), residual);
+    }
+    if !corrections.is_empty() {
+        add_down(
+            pool,
+            kernels,
+            corrections,
+            routes,
+            hidden,
+            &mut residual[..x.len() * x.cols()],
+        );
     }
     Ok(())
 }
@@ -110,6 +130,8 @@ struct Layer<'a> {
     kernels: &'a Kernels,
     phase: Phase,
     routes: &'a Routes,
+    /// Of gate and up.
+    corrections: Option<Inner<'a>>,
 }
 
 impl Layer<'_> {
@@ -134,7 +156,17 @@ impl Layer<'_> {
                 // SAFETY: tasks differ in expert (and so in route) or in columns.
                 let mut part = unsafe { parts.columns(route, range.start, range.len()) };
                 let (gates, ups) = (&gates[..range.len()], &ups[..range.len()]);
-                (kernels.floats.swiglu)(gates, ups, part.x);
+                match &self.corrections {
+                    None => (kernels.floats.swiglu)(gates, ups, part.x),
+                    Some(corrections) => {
+                        let mut corrected = [[0.0; TILE_ROWS]; 2];
+                        let [a, b] = corrected.each_mut().map(|sums| &mut sums[..range.len()]);
+                        a.copy_from_slice(gates);
+                        b.copy_from_slice(ups);
+                        corrections.add(kernels, expert, route, range.start, a, b);
+                        (kernels.floats.swiglu)(a, b, part.x);
+                    }
+                }
                 part.quantize(kernels);
             };
             let ranges = cut.parts(task % cut.tasks());

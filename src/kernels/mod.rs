@@ -30,8 +30,10 @@ mod lanes;
 pub mod limits;
 pub mod linear;
 pub mod loud;
+pub mod low_rank;
 #[cfg(target_arch = "aarch64")]
 pub mod neon;
+pub mod rates;
 pub mod scalar;
 pub mod tiles;
 pub mod unpack;

@@ -8,7 +8,8 @@ use super::{Config, KvCache, Layer, Model, Observer, Site, State};
 use crate::experts::Cache;
 use crate::kernels::experts::feed_forward;
 use crate::kernels::linear::{Into, linear};
-use crate::kernels::{Kernels, Phase};
+use crate::kernels::low_rank::LowRank;
+use crate::kernels::{Activations, Kernels, Phase};
 use crate::tensor::direct;
 use crate::threads::Pool;
 
@@ -144,6 +145,13 @@ pub(crate) fn forward_part(
             (&layer.v, &mut s.v[..]),
         ];
         linear(pool, kernels, phase, &s.normed, Into::Set, products);
+        let lora = model.lora.as_ref().map(|lora| &lora.layers[l]);
+        if let Some(lora) = lora {
+            let (low, outs) = ([&lora.q, &lora.k, &lora.v], [&mut s.q, &mut s.k, &mut s.v]);
+            for (low, out) in low.into_iter().zip(outs) {
+                add(pool, kernels, low, &s.normed, out, &mut s.inner);
+            }
+        }
         if let Some(see) = &mut observer {
             see(Site::Attention, &s.normed, None);
         }
@@ -173,6 +181,9 @@ pub(crate) fn forward_part(
             Into::Add,
             &mut [(&layer.o, &mut s.x[..])],
         );
+        if let Some(lora) = lora {
+            add(pool, kernels, &lora.o, &s.attended, &mut s.x, &mut s.inner);
+        }
         if let Some(see) = &mut observer {
             see(Site::AttentionOutput, &s.attended, None);
         }
@@ -193,6 +204,9 @@ pub(crate) fn forward_part(
             pool.chunks(&mut s.chosen[..n * used], used, |t, chosen| {
                 let scores = &mut [0.0; MAX_EXPERTS][..shape.experts];
                 kernels.dot_rows(router.all(), normed.row(t), scores);
+                if let Some(low) = lora.and_then(|lora| lora.router.as_ref()) {
+                    low.add_one(kernels, normed.row(t).x, scores);
+                }
                 match &present {
                     None => choose(scores, chosen),
                     Some((present, margin)) => choose_present(scores, present, *margin, chosen),
@@ -214,6 +228,7 @@ pub(crate) fn forward_part(
             kernels,
             phase,
             visit,
+            lora.map_or(&[], |lora| &lora.experts),
             &s.routes,
             &s.normed,
             &mut s.hidden,
@@ -249,7 +264,31 @@ pub(crate) fn forward_part(
         Into::Set,
         &mut [(&weights.output, &mut s.logits[..])],
     );
+    if let Some(lora) = &model.lora {
+        add(
+            pool,
+            kernels,
+            &lora.output,
+            &s.last,
+            &mut s.logits,
+            &mut s.inner,
+        );
+    }
     Ok(())
+}
+
+/// `out += B · (A · x)`, where there is such a correction.
+fn add(
+    pool: &Pool,
+    kernels: &Kernels,
+    low: &Option<LowRank>,
+    x: &Activations,
+    out: &mut [f32],
+    inner: &mut Vec<f32>,
+) {
+    if let Some(low) = low {
+        low.add(pool, kernels, x, out, inner);
+    }
 }
 
 /// Final hidden states, after the output norm, of the last batch's first `tokens` tokens: calls `visit(t, hidden)` for

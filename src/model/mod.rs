@@ -4,6 +4,7 @@ mod attention;
 mod cache;
 mod config;
 mod forward;
+mod lora;
 mod moe;
 mod observe;
 mod state;
@@ -16,6 +17,7 @@ pub use config::{Config, RopeConfig};
 use forward::Span;
 pub(crate) use forward::forward_part;
 pub use forward::{Slot, forward, hidden_states};
+pub use lora::Lora;
 pub use moe::Routing;
 pub use observe::{Observer, Site};
 pub use state::State;
@@ -71,6 +73,8 @@ pub struct Model {
     pub weights: Weights,
     /// How experts are chosen.
     pub routing: Routing,
+    /// Corrections of the matrices.
+    pub lora: Option<Lora>,
     rope: Rope,
 }
 
@@ -87,6 +91,7 @@ impl Model {
             config,
             weights,
             routing: Routing::Exact,
+            lora: None,
             rope,
         })
     }

@@ -34,6 +34,8 @@ pub struct State {
     pub(super) last: Activations,
     /// Cosines and sines, `[tokens, rope dims / 2]` pairs.
     pub(super) turns: Vec<(f32, f32)>,
+    /// Between the two matrices of a correction, `[tokens, rank]`; as long as adapters need.
+    pub(super) inner: Vec<f32>,
     /// The routing, where it is recorded.
     pub(crate) trace: Option<Trace>,
     /// `[outputs, vocab]`, one row for each token whose logits were asked for, in their order.
@@ -66,6 +68,7 @@ impl State {
             hidden: Activations::new(batch * used, shape.ffn),
             last: Activations::new(batch, shape.hidden),
             turns: vec![(0.0, 0.0); batch * config.rope.dims / 2],
+            inner: Vec::new(),
             trace: None,
             logits: Vec::new(),
         }

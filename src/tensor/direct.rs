@@ -108,17 +108,26 @@ impl Files {
     /// # Errors
     /// [`Error::Open`].
     pub fn open(gguf: &Gguf) -> Result<Self, Error> {
+        Self::of(&gguf.files)
+    }
+
+    /// Opens files, of whatever kind.
+    ///
+    /// # Errors
+    /// [`Error::Open`].
+    pub fn of(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Self, Error> {
         let mut files = Self {
             files: Vec::new(),
             buffered: None,
         };
-        for path in &gguf.files {
+        for path in paths {
+            let path = path.as_ref().to_owned();
             let failed = |source| Error::Open {
                 file: path.clone(),
                 source: Arc::new(source),
             };
-            let plain = File::open(path).map_err(failed)?;
-            let file = match open_direct(path) {
+            let plain = File::open(&path).map_err(failed)?;
+            let file = match open_direct(&path) {
                 Ok(direct) => direct,
                 Err(reason) => {
                     let reason = format!("{}: no O_DIRECT: {reason}", path.display());
@@ -126,7 +135,7 @@ impl Files {
                     plain
                 }
             };
-            files.files.push((path.clone(), file));
+            files.files.push((path, file));
         }
         Ok(files)
     }
