@@ -13,13 +13,15 @@ use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
 use crate::chat::Style;
 use crate::engine::{self, ActivationMode, Engine, Loading, Options};
+use crate::experts::trace::Trace;
 use crate::experts::{Cache, Counters};
 use crate::gguf::Gguf;
 use crate::kernels::Kernels;
 use crate::model::{KvKind, Routing};
 use crate::perplexity::{Chunks, Estimate};
+use crate::plan::Size;
 use crate::plan::fit::usual_context;
-use crate::plan::memory::{Memory, in_kib};
+use crate::plan::memory::{Memory, in_kib, share_out};
 use crate::quant::BlockType;
 use crate::tensor::{fault, warm};
 use crate::threads::CpuSet;
@@ -108,6 +110,15 @@ pub fn at_least(least: usize) -> impl Fn(&str) -> Result<usize, String> + Clone 
     }
 }
 
+/// A share of a whole.
+pub fn share(text: &str) -> Result<f64, String> {
+    let share = text
+        .parse()
+        .ok()
+        .filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| "must be a number from 0 to 1".to_owned())
+}
+
 /// A chat template's name.
 pub fn style(name: &str) -> Result<Style, String> {
     Style::named(name).ok_or_else(|| format!("there are: {}", Style::names()))
@@ -150,6 +161,9 @@ impl From<Kv> for KvKind {
     }
 }
 
+/// The model that others are measured against, where there is one, and those.
+type Beside = (Option<Arc<Engine>>, Vec<Arc<Engine>>);
+
 impl ModelArgs {
     /// The model's file.
     pub fn path(&self) -> &Path {
@@ -160,36 +174,89 @@ impl ModelArgs {
     pub fn load(&self, context: Option<usize>) -> Result<Arc<Engine>, engine::Error> {
         self.engine.load(&self.model, context)
     }
+
+    /// Loads the model and, beside it, the one that it is measured against.
+    pub fn load_beside(
+        &self,
+        base: Option<&Path>,
+        context: usize,
+    ) -> Result<(Option<Arc<Engine>>, Arc<Engine>), engine::Error> {
+        let model = std::slice::from_ref(&self.model);
+        let (base, mut models) = self.engine.load_beside(base, model, context)?;
+        Ok((base, models.remove(0)))
+    }
 }
 
 impl EngineArgs {
     /// Loads the model in `path`, to be run with a context of so many tokens (or the usual number).
     pub fn load(&self, path: &Path, context: Option<usize>) -> Result<Arc<Engine>, engine::Error> {
+        self.load_with(path, self.options(context))
+    }
+
+    /// Loads a model that others are measured against: it runs exactly, whatever it holds.
+    pub fn load_base(&self, path: &Path, context: usize) -> Result<Arc<Engine>, engine::Error> {
+        self.load_with(path, self.exact(context))
+    }
+
+    fn exact(&self, context: usize) -> Options {
+        Options {
+            activations: ActivationMode::F32,
+            kv: None,
+            routing: Routing::Exact,
+            ..self.options(Some(context))
+        }
+    }
+
+    /// Loads models that run side by side and share the memory: the one that others are measured against, which
+    /// runs exactly, whatever it holds; and those.
+    pub fn load_beside(
+        &self,
+        base: Option<&Path>,
+        paths: &[PathBuf],
+        context: usize,
+    ) -> Result<Beside, engine::Error> {
+        let base = base.map(|path| (path, self.exact(context)));
+        let has_base = base.is_some();
+        let paths = paths
+            .iter()
+            .map(|path| (&**path, self.options(Some(context))));
+        let mut models: Vec<_> = base.into_iter().chain(paths).collect();
+        if let Some(memory) = self.memory.bytes() {
+            let needs = models
+                .iter()
+                .map(|(path, options)| Engine::needs(path, options));
+            let needs = needs.collect::<Result<Vec<_>, _>>()?;
+            let shares = share_out(memory, &needs);
+            for (index, (_, options)) in models.iter_mut().enumerate() {
+                match (&shares, self.memory) {
+                    (Some(shares), _) => options.memory = Memory::Bytes(shares[index]),
+                    // The first that finds too little says so.
+                    (None, Memory::Bytes(_)) => {
+                        options.memory = Memory::Bytes(memory / needs.len() as u64)
+                    }
+                    (None, Memory::Auto) => {}
+                }
+            }
+        }
+        let models = models
+            .into_iter()
+            .map(|(path, options)| self.load_with(path, options));
+        let mut models = models.collect::<Result<Vec<_>, _>>()?;
+        let base = has_base.then(|| models.remove(0));
+        Ok((base, models))
+    }
+
+    fn options(&self, context: Option<usize>) -> Options {
         let activations = match self.activations {
             Activations::Int8 => ActivationMode::Int8,
             Activations::F32 => ActivationMode::F32,
         };
-        self.load_with(path, context, activations, self.kv.map(KvKind::from))
-    }
-
-    /// Loads the model that others are measured against: it runs exactly, whatever it holds.
-    pub fn load_base(&self, path: &Path, context: usize) -> Result<Arc<Engine>, engine::Error> {
-        self.load_with(path, Some(context), ActivationMode::F32, None)
-    }
-
-    fn load_with(
-        &self,
-        path: &Path,
-        context: Option<usize>,
-        activations: ActivationMode,
-        kv: Option<KvKind>,
-    ) -> Result<Arc<Engine>, engine::Error> {
-        let options = Options {
+        Options {
             threads: self.threads.count(),
             cpus: self.cpu_mask.clone(),
             kernels: self.kernels.clone(),
             activations,
-            kv,
+            kv: self.kv.map(KvKind::from),
             memory: self.memory,
             loading: match (self.mmap, self.no_mmap) {
                 (true, _) => Loading::Mapped,
@@ -199,7 +266,10 @@ impl EngineArgs {
             lock: self.mlock,
             routing: self.routing,
             context,
-        };
+        }
+    }
+
+    fn load_with(&self, path: &Path, options: Options) -> Result<Arc<Engine>, engine::Error> {
         fault::explain();
         let engine = Engine::load(path, &options)?;
         let cache = engine.expert_cache();
@@ -209,7 +279,7 @@ impl EngineArgs {
         }
         if let Some(fit) = engine
             .fit()
-            .filter(|_| cache.is_some() || self.memory != Memory::Auto)
+            .filter(|_| cache.is_some() || options.memory != Memory::Auto)
         {
             note(fit);
         }
@@ -218,7 +288,7 @@ impl EngineArgs {
                 "fewbit: reads go through the page cache: {reason}"
             ));
         }
-        if engine.fit().is_none() && !self.mmap && self.memory == Memory::Auto {
+        if engine.fit().is_none() && !self.mmap && options.memory == Memory::Auto {
             note(
                 "fewbit: warning: with this context the model does not fit into memory, even with experts on disk: it is mapped, and slow",
             );
@@ -243,6 +313,9 @@ fn bring_in(engine: &Engine) {
     warm::warm(&engine.gguf().files, &|read| bar.inc(read));
 }
 
+/// How long the disk is read to learn its speed.
+pub const PROBE: Duration = Duration::from_secs(1);
+
 /// What a cache of experts did while tokens were generated.
 pub struct CacheUse {
     counters: Counters,
@@ -250,10 +323,15 @@ pub struct CacheUse {
 }
 
 impl CacheUse {
+    /// What was counted for `tokens` tokens.
+    pub fn new(counters: Counters, tokens: usize) -> Self {
+        Self { counters, tokens }
+    }
+
     /// What `engine`'s cache, if it has one, did for `tokens` tokens since it had counted `before`.
     pub fn since(engine: &Engine, before: Option<Counters>, tokens: usize) -> Option<Self> {
         let counters = engine.expert_cache()?.counters() - before?;
-        Some(Self { counters, tokens })
+        Some(Self::new(counters, tokens))
     }
 
     fn read_bytes_per_token(&self) -> Option<f64> {
@@ -412,6 +490,12 @@ pub fn utf8(bytes: Vec<u8>, source: impl Display) -> anyhow::Result<String> {
 /// What failed where standard output cannot be written.
 pub const STDOUT: &str = "standard output: cannot write";
 
+/// Writes a trace of routing.
+pub fn write_trace(path: &Path, trace: &Trace) -> anyhow::Result<()> {
+    std::fs::write(path, trace.to_text()?)
+        .with_context(|| format!("{}: cannot write the trace", path.display()))
+}
+
 /// Writes one JSON object and a newline to standard output.
 pub fn print_json(value: &serde_json::Value) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
@@ -449,7 +533,7 @@ pub fn count(number: u64) -> String {
 
 /// A number of bytes, in powers of ten: `26.44 GB`.
 pub fn bytes(number: u64) -> String {
-    scaled(number, &[" B", " kB", " MB", " GB", " TB"])
+    Size(number).to_string()
 }
 
 fn scaled(number: u64, units: &[&str]) -> String {

@@ -50,21 +50,15 @@ pub struct Args {
 const SPEED_TEST: Test = Test::Generate {
     tokens: 32,
     depth: 0,
+    repeats: 0.0,
 };
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let report = args.out.as_deref().map(Report::create).transpose()?;
-    let base = args
-        .base
-        .as_deref()
-        .map(|path| args.engine.load_base(path, args.ctx))
-        .transpose()?;
-    let models = args
-        .models
-        .iter()
-        .map(|path| args.engine.load(path, Some(args.ctx)))
-        .collect::<Result<Vec<_>, _>>()?;
+    let (base, models) = args
+        .engine
+        .load_beside(args.base.as_deref(), &args.models, args.ctx)?;
     for model in &models {
         check_base(base.as_ref().unwrap_or(&models[0]), model)?;
     }

@@ -36,12 +36,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let engine = args.model.load(Some(args.ctx))?;
-    let base = args
-        .base
-        .as_deref()
-        .map(|path| args.model.engine.load_base(path, args.ctx))
-        .transpose()?;
+    let (base, engine) = args.model.load_beside(args.base.as_deref(), args.ctx)?;
     if let Some(base) = &base {
         check_base(base, &engine)?;
     }
