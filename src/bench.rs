@@ -14,6 +14,10 @@
 //!   two; scores and softmax are not counted
 //! - `share_of_limit`: `gb_s` over the read bandwidth (tg), `gop_s` over the int8 peak (pp),
 //!   both measured in the same run, before and after; the better one counts
+//! - a model whose experts come from disk also has `read_gb_s`, what was read over `t`, and `share_of_disk`: the
+//!   time that the disk alone would take, over `t`. tg: for the experts that have no slot, chosen evenly,
+//!   `(1 − slots / experts) · bytes of active experts`; pp: for all experts. The disk's speed is measured
+//!   before and after as well
 //! - `peak_rss_bytes`: peak resident memory, the pages of the mapped file included
 //! - `own_rss_bytes`: the largest resident memory that no file backs (`RssAnon`), looked at after
 //!   every run, while the context is there: scratch, keys and values, metadata, tokenizer
@@ -30,7 +34,7 @@ use rand::{RngExt, SeedableRng};
 use crate::engine::{Engine, Error, Session};
 
 /// A test: what runs and how long it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Test {
     /// A prompt of so many tokens.
     Prompt(usize),
@@ -40,6 +44,8 @@ pub enum Test {
         tokens: usize,
         /// Tokens in the context before.
         depth: usize,
+        /// The share of tokens that are the one before once more, so that routing repeats as well.
+        repeats: f64,
     },
 }
 
@@ -47,8 +53,10 @@ impl std::fmt::Display for Test {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Prompt(tokens) => write!(f, "pp{tokens}"),
-            Self::Generate { tokens, depth: 0 } => write!(f, "tg{tokens}"),
-            Self::Generate { tokens, depth } => write!(f, "tg{tokens}@d{depth}"),
+            Self::Generate {
+                tokens, depth: 0, ..
+            } => write!(f, "tg{tokens}"),
+            Self::Generate { tokens, depth, .. } => write!(f, "tg{tokens}@d{depth}"),
         }
     }
 }
@@ -66,11 +74,25 @@ impl Test {
     /// # Errors
     /// As [`Session::feed`].
     pub fn run(self, session: &mut Session, seed: u64) -> Result<Duration, Error> {
+        self.run_from(session, seed, || {})
+    }
+
+    /// The same; `begin` is called where the time begins.
+    ///
+    /// # Errors
+    /// As [`Session::feed`].
+    pub fn run_from(
+        self,
+        session: &mut Session,
+        seed: u64,
+        begin: impl FnOnce(),
+    ) -> Result<Duration, Error> {
         let input = self.input(session.engine().shape().vocab, seed);
         session.rewind(0);
         if !input.before.is_empty() {
             session.feed(&input.before)?;
         }
+        begin();
         let start = Instant::now();
         for part in &input.timed {
             match self {
@@ -84,7 +106,7 @@ impl Test {
     /// The tokens of a run, uniformly random: the same for every engine.
     fn input(self, vocab: usize, seed: u64) -> Input {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let mut random = |count: usize| {
+        let mut random = |count: usize| -> Vec<u32> {
             (0..count)
                 .map(|_| rng.random_range(0..vocab as u32))
                 .collect()
@@ -94,10 +116,20 @@ impl Test {
                 before: Vec::new(),
                 timed: vec![random(tokens)],
             },
-            Self::Generate { tokens, depth } => Input {
-                before: random(depth),
-                timed: (0..tokens).map(|_| random(1)).collect(),
-            },
+            Self::Generate {
+                tokens,
+                depth,
+                repeats,
+            } => {
+                let (before, mut generated) = (random(depth), random(tokens));
+                for index in 1..tokens {
+                    if rng.random_bool(repeats) {
+                        generated[index] = generated[index - 1];
+                    }
+                }
+                let timed = generated.into_iter().map(|token| vec![token]).collect();
+                Input { before, timed }
+            }
         }
     }
 
@@ -105,7 +137,7 @@ impl Test {
     pub fn context(self) -> usize {
         match self {
             Self::Prompt(tokens) => tokens,
-            Self::Generate { tokens, depth } => tokens.saturating_add(depth),
+            Self::Generate { tokens, depth, .. } => tokens.saturating_add(depth),
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::gguf::{self, Gguf, names};
 use crate::kernels::{Kernels, Phase};
 use crate::model::{self, KvCache, KvKind, Lora, Model, Placement, Routing, Slot, State, forward};
 use crate::plan::fit::{Fit, TooLittle};
-use crate::plan::memory::Memory;
+use crate::plan::memory::{Memory, Needs};
 use crate::plan::{self, Shape};
 use crate::quant::BlockType;
 use crate::tensor::direct;
@@ -387,6 +387,17 @@ impl Engine {
             fit,
             state: Mutex::new(state),
         }))
+    }
+
+    /// What the model in `path` needs to be run so.
+    ///
+    /// # Errors
+    /// When the file is damaged or holds another architecture.
+    pub fn needs(path: &Path, options: &Options) -> Result<Needs, Error> {
+        let gguf = gguf::read(path)?;
+        let shape = Shape::from_metadata(&gguf.metadata)?;
+        let kv = kv_kind(&gguf, &shape, options).block_type();
+        Ok(Fit::needs(&shape, &gguf.tensors, options.context, kv))
     }
 
     /// The file that the model was loaded from.

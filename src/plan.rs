@@ -23,6 +23,37 @@ pub const PROMPT_BATCH: usize = 512;
 /// model of the family comes near.
 pub const SCRATCH_LIMIT: u64 = 768 << 20;
 
+/// A number of bytes, shown in powers of ten: `26.44 GB`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+impl Size {
+    /// The next larger size that is shown exactly.
+    pub fn rounded_up(self) -> Self {
+        let unit = (1..=4).map(|power| 1000_u64.pow(power));
+        match unit.take_while(|&unit| unit <= self.0).last() {
+            None => self,
+            Some(unit) => Self(self.0.div_ceil(unit / 100) * (unit / 100)),
+        }
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 < 1000 {
+            return write!(f, "{} B", self.0);
+        }
+        let (mut value, mut units) = (self.0 as f64 / 1000.0, ["kB", "MB", "GB", "TB"].iter());
+        let mut unit = units.next().expect("there are some");
+        // 999.995 would be shown as 1000.00.
+        while value >= 999.995 {
+            let Some(larger) = units.next() else { break };
+            (value, unit) = (value / 1000.0, larger);
+        }
+        write!(f, "{value:.2} {unit}")
+    }
+}
+
 /// A model's extents. All are at least 1 and bounded, so that products of a few of them
 /// with a context fit into `u64`.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -166,7 +166,7 @@ impl Mapped {
 pub fn read(files: &Files, extent: Extent) -> Result<Matrix, Error> {
     let (len, file) = (extent.bytes(), files.path(extent.file));
     let piece = Piece::around(extent.file, extent.offset, len as u64);
-    let mut memory = MmapMut::map_anon(piece.len).map_err(|source| Error::NoRoom {
+    let mut memory = direct::memory(piece.len).map_err(|source| Error::NoRoom {
         file: file.to_owned(),
         bytes: piece.len as u64,
         source,

@@ -136,6 +136,9 @@ struct SynthArgs {
     /// Equal seeds give equal files
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
+    /// How routers choose: even, or zipf:S, where the expert of rank r is chosen about r^-S as often as the first
+    #[arg(long, value_name = "HOW", default_value = "even", value_parser = routing)]
+    routing: f32,
     /// Replace OUTPUT if it exists
     #[arg(long)]
     force: bool,
@@ -269,6 +272,17 @@ fn dry_run(args: &ConvertArgs, options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// The exponent of Zipf's law.
+fn routing(text: &str) -> std::result::Result<f32, String> {
+    let zipf = || text.strip_prefix("zipf:")?.parse().ok();
+    match text {
+        "even" => Ok(0.0),
+        _ => zipf()
+            .filter(|zipf| (0.0..=10.0).contains(zipf))
+            .ok_or_else(|| "must be even, or zipf: and a number from 0 to 10".to_owned()),
+    }
+}
+
 fn run_synth(args: &SynthArgs) -> Result<()> {
     let mut config = args.model.config();
     config.layers = args.layers.map_or(config.layers, usize::from);
@@ -277,6 +291,7 @@ fn run_synth(args: &SynthArgs) -> Result<()> {
         config,
         mix: args.mix,
         seed: args.seed,
+        zipf: args.routing,
         force: args.force,
     };
     let pool = rayon::ThreadPoolBuilder::new()

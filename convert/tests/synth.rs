@@ -32,6 +32,7 @@ fn options(config: ModelConfig, mix: Mix) -> Options {
         config,
         mix,
         seed: 7,
+        zipf: 0.0,
         force: false,
     }
 }

@@ -270,6 +270,7 @@ fn synthetic_files_load_in_llama_cpp() {
             },
             mix: Mix::Q4_K_M,
             seed: 1,
+            zipf: 0.0,
             force: false,
         };
         synth(&path, &options, &indicatif::ProgressBar::hidden()).expect("the file is written");
@@ -312,7 +313,11 @@ fn the_rival_runs_every_test_in_turns_with_us() {
     let file = fixture::tiny_mixtral("Q4_0");
     let engine = load(&file.path, ActivationMode::Int8);
     let rival = Rival::load(&file.path).unwrap();
-    let generate = |depth| Test::Generate { tokens: 3, depth };
+    let generate = |depth| Test::Generate {
+        tokens: 3,
+        depth,
+        repeats: 0.0,
+    };
     for test in [Test::Prompt(40), generate(0), generate(33)] {
         let mut session = engine.session(test.context()).unwrap();
         let [mut in_place, mut repacked] = rival.runners(test.context(), threads()).unwrap();

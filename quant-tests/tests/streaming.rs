@@ -7,10 +7,12 @@ use std::process::Command;
 use std::sync::Arc;
 
 use fewbit::engine::{Engine, Loading, Options};
+use fewbit::generation::Generation;
 use fewbit::gguf::{self, Metadata, names};
-use fewbit::plan::Shape;
 use fewbit::plan::fit::Fit;
 use fewbit::plan::memory::Memory;
+use fewbit::plan::{Shape, Size};
+use fewbit::sampler::{Sampler, Settings};
 use fewbit_convert::config::ModelConfig;
 use fewbit_convert::synth::{self, Preset};
 use quant_tests::fixture::{self, Parts, binary};
@@ -101,6 +103,44 @@ fn old_files_with_a_tensor_an_expert() {
     let file = fixture::tiny_mixtral("Q4_K_M");
     let old = Parts::read(&file.path).per_expert().write();
     check(&old.path, "per expert");
+}
+
+/// Guesses of tokens, verified several in one pass, through the cache.
+#[test]
+fn drafts_streamed_are_the_tokens_and_bits_of_none_mapped() {
+    let file = fixture::tiny_mixtral("Q8_0");
+    let written = |engine: &Arc<Engine>, drafts: usize| {
+        let text = fixture::text("en");
+        let tokens = engine.tokenizer().encode_with_bos(&text, false).unwrap();
+        let mut session = engine.session(CONTEXT).unwrap();
+        session.feed(&tokens[..20].repeat(3)).unwrap();
+        let mut sampler = Sampler::new(Settings::greedy());
+        let mut generation = Generation::new(&mut session, &mut sampler, 100).with_drafts(drafts);
+        let tokens: Vec<u32> = generation.by_ref().map(Result::unwrap).collect();
+        let (drafted, accepted) = (generation.drafted(), generation.accepted());
+        drop(generation);
+        let bits: Vec<u32> = session.logits().iter().map(|x| x.to_bits()).collect();
+        (tokens, bits, drafted, accepted)
+    };
+    let mapped = load(&file.path, Memory::Bytes(1 << 40), 2);
+    let (tokens, bits, ..) = written(&mapped, 0);
+    let (least, slot) = least(&file.path);
+    for more in [0, 9] {
+        let engine = load(&file.path, Memory::Bytes(least + more * slot), 2);
+        let before = engine.expert_cache().expect("it does not fit").counters();
+        let (alone, _, none, _) = written(&engine, 0);
+        let between = engine.expert_cache().unwrap().counters();
+        let (drafted_tokens, drafted_bits, drafted, accepted) = written(&engine, 8);
+        let after = engine.expert_cache().unwrap().counters();
+        assert!(alone == tokens && drafted_tokens == tokens && drafted_bits == bits);
+        assert!(
+            none == 0 && accepted > 20 && drafted > accepted,
+            "{accepted} of {drafted}"
+        );
+        // An expert that several tokens of a pass need is needed once.
+        let (alone, with) = ((between - before).needed, (after - between).needed);
+        assert!(with < alone, "{with} and {alone} experts needed");
+    }
 }
 
 /// Matrices that begin at every multiple of 32 and end anywhere: other metadata before them.
@@ -209,7 +249,7 @@ fn too_little_memory_says_how_much_is_needed() {
     };
     let error = Engine::load(&file.path, &options(least - 1)).err().unwrap();
     let message = error.to_string();
-    let figure = format!("at least {:.2} GB", least as f64 / 1e9);
+    let figure = format!("at least {}", Size(least).rounded_up());
     assert!(message.contains(&figure), "{message}");
     assert!(message.contains("--memory"), "{message}");
     Engine::load(&file.path, &options(least)).unwrap();
@@ -222,6 +262,49 @@ fn json_of(command: &mut Command) -> serde_json::Value {
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{error}");
     serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Synthetic routers choose evenly, or as unevenly as was asked for.
+#[test]
+fn synthetic_routing_is_as_uneven_as_asked_for() {
+    let folder = TempDir::new().unwrap();
+    let habits = |zipf: f32| {
+        let options = synth::Options {
+            name: "routed".to_owned(),
+            config: ModelConfig {
+                vocab: 512,
+                context: 512,
+                hidden: 512,
+                layers: 6,
+                ffn: 512,
+                heads: 4,
+                kv_heads: 2,
+                head_dim: 64,
+                ..Preset::Mixtral8x7b.config()
+            },
+            mix: "Q8_0".parse().unwrap(),
+            seed: 3,
+            zipf,
+            force: true,
+        };
+        let path = folder.path().join("routed.gguf");
+        synth::synth(&path, &options, &indicatif::ProgressBar::hidden()).unwrap();
+        let engine = load(&path, Memory::Bytes(1 << 40), 2);
+        let mut session = engine.session(CONTEXT).unwrap();
+        engine.start_trace();
+        for index in 0..CONTEXT as u32 {
+            session.step(index * 101 % 512).unwrap();
+        }
+        engine.take_trace().unwrap().habits().by_rank
+    };
+    let (even, zipf) = (habits(0.0), habits(1.0));
+    assert!(even[0] < 0.2 && even[7] > 0.05, "{even:?}");
+    // Two experts a token by Zipf's law: the first of eight takes 30 % of the uses, the last 6 %.
+    assert!(
+        (0.24..0.42).contains(&zipf[0]) && zipf[7] < 0.09,
+        "{zipf:?}"
+    );
+    assert!(zipf.is_sorted_by(|a, b| a >= b));
 }
 
 /// Six times as large as the memory that it gets.
@@ -242,6 +325,7 @@ fn large_model(folder: &Path) -> PathBuf {
         config,
         mix: "Q8_0".parse().unwrap(),
         seed: 7,
+        zipf: 0.0,
         force: false,
     };
     let path = folder.join("large.gguf");
@@ -352,6 +436,136 @@ fn a_mapped_file_that_shrinks_is_an_error() {
         "{error}"
     );
     assert_eq!(output.status.code(), Some(1));
+}
+
+/// Locked memory of a chat that has answered once, and what it says of the matter.
+#[cfg(target_os = "linux")]
+fn locked(path: &Path, options: &[&str]) -> (u64, String, Option<i32>) {
+    use std::io::{BufRead, BufReader, Read, Write};
+    use std::process::Stdio;
+    let mut child = Command::new(binary())
+        .args(["chat", "-n", "2", "--template", "mistral-v1"])
+        .args(options)
+        .arg("-m")
+        .arg(path)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap());
+    // Where nothing can be locked it may have ended.
+    let _ = input.write_all(b"hello\n");
+    lines.read_line(&mut String::new()).unwrap();
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+    let locked = status.lines().find_map(|line| line.strip_prefix("VmLck:"));
+    let kib = locked.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok());
+    drop(input);
+    let mut error = String::new();
+    let mut errors = child.stderr.take().unwrap();
+    errors.read_to_string(&mut error).unwrap();
+    (
+        kib.unwrap_or(0_u64) * 1024,
+        error,
+        child.wait().unwrap().code(),
+    )
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn weights_are_locked_mapped_and_in_slots_or_it_is_said_why_not() {
+    let file = fixture::tiny_mixtral("Q8_0");
+    let bytes = fs::metadata(&file.path).unwrap().len();
+    let (least, slot) = least(&file.path);
+    let memory = (least + 8 * slot).to_string();
+    let context = CONTEXT.to_string();
+    let streamed = ["--mlock", "--memory", &memory, "--ctx", &context];
+    for (options, weights) in [(&["--mlock"][..], bytes), (&streamed[..], 8 * slot)] {
+        let (none, _, code) = locked(&file.path, &options[1..]);
+        assert_eq!((none, code), (0, Some(0)), "{options:?}");
+        let (locked, error, code) = locked(&file.path, options);
+        match code {
+            Some(0) => assert!(locked >= weights, "{locked} bytes of {weights}: {error}"),
+            // Users may be kept from locking so much.
+            _ => assert!(code == Some(1) && error.contains("ulimit -l"), "{error}"),
+        }
+    }
+}
+
+/// Two models that are compared share the memory given.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_base_and_its_model_share_one_budget() {
+    let folder = TempDir::new().unwrap();
+    let path = large_model(folder.path());
+    let text = folder.path().join("text");
+    fs::write(&text, "the history of ".repeat(60)).unwrap();
+    let memory = 384 << 20;
+    let mut perplexity = Command::new(binary());
+    perplexity.args([
+        "perplexity",
+        "--ctx",
+        "64",
+        "--chunks",
+        "1",
+        "-t",
+        "2",
+        "--json",
+    ]);
+    perplexity.args(["--memory", "384MiB", "-f"]).arg(&text);
+    perplexity.arg("-m").arg(&path).arg("--base").arg(&path);
+    let (peak, output) = peak_of(&mut perplexity);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+    assert_eq!(error.matches("in slots").count(), 2, "{error}");
+    assert!(peak <= memory, "{peak} bytes were resident of {memory}");
+    assert!(peak > memory / 2, "{peak} bytes were resident of {memory}");
+}
+
+#[test]
+fn routing_by_chance_is_generated_and_replayed() {
+    let folder = TempDir::new().unwrap();
+    let trace = folder.path().join("trace.jsonl");
+    let generate = |options: &[&str]| {
+        let mut generate = Command::new(binary());
+        generate
+            .args(["experts", "generate"])
+            .arg(&trace)
+            .args(options);
+        generate.status().unwrap().code()
+    };
+    let hits = |policy: &str, slots: &str| {
+        let mut replay = Command::new(binary());
+        replay.args(["experts", "replay", "--json", "--slots", slots]);
+        let json = json_of(replay.arg(&trace));
+        let policies = json["policies"].as_array().unwrap();
+        let found = policies.iter().find(|found| found["name"] == policy);
+        found.unwrap()["hit_rate"].as_f64().unwrap()
+    };
+    // What the table at the head of `experts/policy.rs` says of the default: best or nearly so everywhere.
+    let kinds: [&[&str]; 4] = [
+        &[],
+        &["--zipf", "1"],
+        &["--repeats", "0.4"],
+        &["--zipf", "1", "--repeats", "0.4"],
+    ];
+    for options in kinds {
+        assert_eq!(generate(options), Some(0));
+        for slots in ["107", "205"] {
+            let default = hits("next-use", slots);
+            for other in ["lru", "lfu", "least-stale"] {
+                let other_hits = hits(other, slots);
+                assert!(
+                    default > other_hits - 0.04,
+                    "{options:?}, {slots} slots: {default}, {other} {other_hits}"
+                );
+            }
+            assert!(default < hits("belady", slots));
+        }
+    }
+    assert_eq!(generate(&["--used", "9"]), Some(2));
+    assert_eq!(generate(&["--repeats", "2"]), Some(2));
 }
 
 #[test]

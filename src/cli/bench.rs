@@ -2,6 +2,7 @@
 //! another engine on the same file.
 
 mod first_token;
+mod streamed;
 
 use std::io::Write;
 use std::sync::Arc;
@@ -10,13 +11,16 @@ use std::time::Duration;
 use serde_json::json;
 
 use first_token::FirstToken;
+use streamed::{Streamed, disk_speed};
 
 use super::common::{
-    ModelArgs, file_type, own_rss_bytes, peak_rss_bytes, print_json, reset_peak_rss,
+    ModelArgs, file_type, own_rss_bytes, peak_rss_bytes, print_json, reset_peak_rss, share,
 };
 use crate::bench::{Test, Times};
 use crate::engine::Engine;
+use crate::experts::Cache;
 use crate::kernels::limits::Limits;
+use crate::plan::fit::Fit;
 use crate::plan::{Group, Sizes};
 
 /// Options of `fewbit bench`.
@@ -33,6 +37,9 @@ pub struct Args {
     /// Tokens in the context before a decode test
     #[arg(short, long, value_name = "N", default_value_t = 0, value_parser = tokens)]
     depth: usize,
+    /// Share of the decode tests' tokens that are the one before once more, from 0 to 1: routing repeats as well
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
+    repeats: f64,
     /// Repetitions; the median counts
     #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
     repetitions: u16,
@@ -69,6 +76,7 @@ impl Args {
         let generate = self.generate.iter().map(|&tokens| Test::Generate {
             tokens,
             depth: self.depth,
+            repeats: self.repeats,
         });
         let tests = prompts.chain(generate);
         tests.filter(|test| test.tokens() > 0).collect()
@@ -93,6 +101,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let shape = engine.shape();
     let sizes = Sizes::of(shape.experts, shape.experts_used, &engine.gguf().tensors);
     let before = Limits::measure(engine.pool());
+    let disk_before = disk_speed(&engine)?;
     // The measurement's own buffer is not the model's.
     reset_peak_rss();
     let (mut runs, mut own_rss) = (Vec::new(), None);
@@ -109,10 +118,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let peak_rss = peak_rss_bytes().filter(|_| rival.is_none());
     let own_rss = own_rss.filter(|_| rival.is_none());
     let limits = before.best(Limits::measure(engine.pool()));
+    let disk = disk_speed(&engine)?;
+    let disk = disk.zip(disk_before).map(|(a, b)| a.max(b));
 
     let rows: Vec<Row> = runs
         .iter()
-        .map(|run| Row::new(run, &sizes, limits))
+        .map(|run| Row::new(run, &sizes, limits, engine.fit(), disk))
         .collect();
     if args.json {
         let results: Vec<_> = rows.iter().map(Row::to_json).collect();
@@ -121,7 +132,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "type": file_type(engine.gguf()),
             "threads": engine.pool().threads(),
             "kernels": engine.kernels(),
-            "limits": {"read_gb_s": limits.read_gb_s, "int8_gop_s": limits.int8_gop_s},
+            "limits": {"read_gb_s": limits.read_gb_s, "int8_gop_s": limits.int8_gop_s, "disk_gb_s": disk.map(|disk| disk / 1e9)},
             "results": results,
             "peak_rss_bytes": peak_rss,
             "own_rss_bytes": own_rss,
@@ -168,9 +179,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     for row in &rows {
         row.print(&mut out)?;
     }
+    let disk = disk.map_or(String::new(), |disk| {
+        format!(", {:.2} GB/s from disk", disk / 1e9)
+    });
     writeln!(
         out,
-        "limits of the machine: {:.1} GB/s read, {:.0} GOP/s int8",
+        "limits of the machine: {:.1} GB/s read, {:.0} GOP/s int8{disk}",
         limits.read_gb_s, limits.int8_gop_s
     )?;
     if let Some(own) = own_rss {
@@ -191,6 +205,7 @@ struct Run {
     ours: Times,
     /// With rows in place, and repacked.
     theirs: Option<[Times; 2]>,
+    streamed: Streamed,
 }
 
 /// Runs `test` here and, in turns, in the rival. `own_rss` becomes the largest that was seen.
@@ -202,8 +217,14 @@ fn measure(
     own_rss: &mut Option<u64>,
 ) -> anyhow::Result<Run> {
     let mut session = engine.session(test.context())?;
+    let counters = || engine.expert_cache().map(Cache::counters);
+    let mut streamed = Streamed::default();
     let mut ours = |seed| {
-        let time = test.run(&mut session, seed)?;
+        let mut before = None;
+        let time = test.run_from(&mut session, seed, || before = counters())?;
+        if seed > 0 {
+            streamed.add(time, before, counters());
+        }
         *own_rss = own_rss_bytes().max(*own_rss);
         Ok(time)
     };
@@ -223,6 +244,7 @@ fn measure(
     Ok(Run {
         ours,
         theirs: times.next().zip(times.next()).map(|(a, b)| [a, b]),
+        streamed,
     })
 }
 
@@ -289,6 +311,7 @@ struct Row {
     gop_s: Option<f64>,
     share: f64,
     against: Option<Beside>,
+    streamed: Option<streamed::Row>,
 }
 
 /// What the rival reaches.
@@ -302,7 +325,7 @@ struct Beside {
 }
 
 impl Row {
-    fn new(run: &Run, sizes: &Sizes, limits: Limits) -> Self {
+    fn new(run: &Run, sizes: &Sizes, limits: Limits, fit: Option<&Fit>, disk: Option<f64>) -> Self {
         let times = &run.ours;
         let (tok_s, range, test) = (times.tok_s(), times.tok_s_range(), times.test.to_string());
         let (gb_s, gop_s, share) = match times.test {
@@ -340,6 +363,7 @@ impl Row {
             gop_s,
             share,
             against,
+            streamed: run.streamed.row(times.test, fit, disk),
         }
     }
 
@@ -371,7 +395,11 @@ impl Row {
                 self.tok_s / against.tok_s
             )?;
         }
-        writeln!(out)
+        writeln!(out)?;
+        match &self.streamed {
+            Some(streamed) => writeln!(out, "{streamed}"),
+            None => Ok(()),
+        }
     }
 
     fn to_json(&self) -> serde_json::Value {
@@ -383,6 +411,7 @@ impl Row {
             "gb_s": self.gb_s,
             "gop_s": self.gop_s,
             "share_of_limit": self.share,
+            "expert_cache": self.streamed.as_ref().map(streamed::Row::to_json),
         })
     }
 

@@ -14,14 +14,15 @@ use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use crate::adapter::Chosen;
 use crate::chat::Style;
 use crate::engine::{self, ActivationMode, Engine, Loading, Options};
+use crate::experts::trace::Trace;
 use crate::experts::{Cache, Counters};
 use crate::gguf::{self, Gguf};
 use crate::kernels::Kernels;
 use crate::model::{KvKind, Routing};
 use crate::perplexity::{Chunks, Estimate};
-use crate::plan::Shape;
+use crate::plan::{Shape, Size};
 use crate::plan::fit::usual_context;
-use crate::plan::memory::{Memory, in_kib};
+use crate::plan::memory::{Memory, in_kib, share_out};
 use crate::quant::BlockType;
 use crate::store::{self, Entry};
 use crate::tensor::{fault, warm};
@@ -114,6 +115,15 @@ pub fn at_least(least: usize) -> impl Fn(&str) -> Result<usize, String> + Clone 
     }
 }
 
+/// A share of a whole.
+pub fn share(text: &str) -> Result<f64, String> {
+    let share = text
+        .parse()
+        .ok()
+        .filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| "must be a number from 0 to 1".to_owned())
+}
+
 /// A chat template's name.
 pub fn style(name: &str) -> Result<Style, String> {
     Style::named(name).ok_or_else(|| format!("there are: {}", Style::names()))
@@ -164,9 +174,14 @@ impl ModelArgs {
 
     /// Loads the model, to be run with a context of so many tokens (or the usual number).
     pub fn load(&self, context: Option<usize>) -> Result<Arc<Engine>, engine::Error> {
-        let (activations, kv) = self.engine.modes();
-        self.engine
-            .load_with(&self.model, &self.lora, context, activations, kv)
+        self.engine.load_with(&self.model, self.options(context))
+    }
+
+    fn options(&self, context: Option<usize>) -> Options {
+        Options {
+            lora: self.lora.clone(),
+            ..self.engine.options(context)
+        }
     }
 
     /// What may be the names of pulled files.
@@ -174,43 +189,73 @@ impl ModelArgs {
         let adapters = self.lora.iter_mut().map(|chosen| &mut chosen.path);
         [&mut self.model].into_iter().chain(adapters).collect()
     }
+
+    /// Loads the model and, beside it, the one that it is measured against, which runs exactly, whatever it
+    /// holds. They share the memory.
+    pub fn load_beside(
+        &self,
+        base: Option<&Path>,
+        context: usize,
+    ) -> Result<(Option<Arc<Engine>>, Arc<Engine>), engine::Error> {
+        let Some(base) = base else {
+            return Ok((None, self.load(Some(context))?));
+        };
+        let mut base = (base, self.engine.exact(context));
+        let mut model = (&*self.model, self.options(Some(context)));
+        if let Some(memory) = self.engine.memory.bytes() {
+            let needs = [
+                Engine::needs(base.0, &base.1)?,
+                Engine::needs(model.0, &model.1)?,
+            ];
+            match (share_out(memory, &needs), self.engine.memory) {
+                (Some(shares), _) => {
+                    base.1.memory = Memory::Bytes(shares[0]);
+                    model.1.memory = Memory::Bytes(shares[1]);
+                }
+                // The first that finds too little says so.
+                (None, Memory::Bytes(_)) => {
+                    base.1.memory = Memory::Bytes(memory / 2);
+                    model.1.memory = Memory::Bytes(memory / 2);
+                }
+                (None, Memory::Auto) => {}
+            }
+        }
+        let base = self.engine.load_with(base.0, base.1)?;
+        Ok((Some(base), self.engine.load_with(model.0, model.1)?))
+    }
 }
 
 impl EngineArgs {
     /// Loads the model in `path`, to be run with a context of so many tokens (or the usual number).
     pub fn load(&self, path: &Path, context: Option<usize>) -> Result<Arc<Engine>, engine::Error> {
-        let (activations, kv) = self.modes();
-        self.load_with(path, &[], context, activations, kv)
+        self.load_with(path, self.options(context))
     }
 
-    /// How weights meet activations, and how keys and values are kept.
-    fn modes(&self) -> (ActivationMode, Option<KvKind>) {
+    /// Loads a model that others are measured against: it runs exactly, whatever it holds.
+    pub fn load_base(&self, path: &Path, context: usize) -> Result<Arc<Engine>, engine::Error> {
+        self.load_with(path, self.exact(context))
+    }
+
+    fn exact(&self, context: usize) -> Options {
+        Options {
+            activations: ActivationMode::F32,
+            kv: None,
+            routing: Routing::Exact,
+            ..self.options(Some(context))
+        }
+    }
+
+    fn options(&self, context: Option<usize>) -> Options {
         let activations = match self.activations {
             Activations::Int8 => ActivationMode::Int8,
             Activations::F32 => ActivationMode::F32,
         };
-        (activations, self.kv.map(KvKind::from))
-    }
-
-    /// Loads the model that others are measured against: it runs exactly, whatever it holds.
-    pub fn load_base(&self, path: &Path, context: usize) -> Result<Arc<Engine>, engine::Error> {
-        self.load_with(path, &[], Some(context), ActivationMode::F32, None)
-    }
-
-    fn load_with(
-        &self,
-        path: &Path,
-        lora: &[Chosen],
-        context: Option<usize>,
-        activations: ActivationMode,
-        kv: Option<KvKind>,
-    ) -> Result<Arc<Engine>, engine::Error> {
-        let options = Options {
+        Options {
             threads: self.threads.count(),
             cpus: self.cpu_mask.clone(),
             kernels: self.kernels.clone(),
             activations,
-            kv,
+            kv: self.kv.map(KvKind::from),
             memory: self.memory,
             loading: match (self.mmap, self.no_mmap) {
                 (true, _) => Loading::Mapped,
@@ -219,9 +264,12 @@ impl EngineArgs {
             },
             lock: self.mlock,
             routing: self.routing,
-            lora: lora.to_vec(),
+            lora: Vec::new(),
             context,
-        };
+        }
+    }
+
+    fn load_with(&self, path: &Path, options: Options) -> Result<Arc<Engine>, engine::Error> {
         fault::explain();
         let engine = Engine::load(path, &options)?;
         let cache = engine.expert_cache();
@@ -231,7 +279,7 @@ impl EngineArgs {
         }
         if let Some(fit) = engine
             .fit()
-            .filter(|_| cache.is_some() || self.memory != Memory::Auto)
+            .filter(|_| cache.is_some() || options.memory != Memory::Auto)
         {
             note(fit);
         }
@@ -240,7 +288,7 @@ impl EngineArgs {
                 "fewbit: reads go through the page cache: {reason}"
             ));
         }
-        if engine.fit().is_none() && !self.mmap && self.memory == Memory::Auto {
+        if engine.fit().is_none() && !self.mmap && options.memory == Memory::Auto {
             note(
                 "fewbit: warning: with this context the model does not fit into memory, even with experts on disk: it is mapped, and slow",
             );
@@ -302,6 +350,9 @@ fn bring_in(engine: &Engine) {
     warm::warm(&engine.gguf().files, &|read| bar.inc(read));
 }
 
+/// How long the disk is read to learn its speed.
+pub const PROBE: Duration = Duration::from_secs(1);
+
 /// What a cache of experts did while tokens were generated.
 pub struct CacheUse {
     counters: Counters,
@@ -309,10 +360,15 @@ pub struct CacheUse {
 }
 
 impl CacheUse {
+    /// What was counted for `tokens` tokens.
+    pub fn new(counters: Counters, tokens: usize) -> Self {
+        Self { counters, tokens }
+    }
+
     /// What `engine`'s cache, if it has one, did for `tokens` tokens since it had counted `before`.
     pub fn since(engine: &Engine, before: Option<Counters>, tokens: usize) -> Option<Self> {
         let counters = engine.expert_cache()?.counters() - before?;
-        Some(Self { counters, tokens })
+        Some(Self::new(counters, tokens))
     }
 
     fn read_bytes_per_token(&self) -> Option<f64> {
@@ -500,6 +556,12 @@ pub fn utf8(bytes: Vec<u8>, source: impl Display) -> anyhow::Result<String> {
 /// What failed where standard output cannot be written.
 pub const STDOUT: &str = "standard output: cannot write";
 
+/// Writes a trace of routing.
+pub fn write_trace(path: &Path, trace: &Trace) -> anyhow::Result<()> {
+    std::fs::write(path, trace.to_text()?)
+        .with_context(|| format!("{}: cannot write the trace", path.display()))
+}
+
 /// Writes one JSON object and a newline to standard output.
 pub fn print_json(value: &serde_json::Value) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
@@ -537,7 +599,7 @@ pub fn count(number: u64) -> String {
 
 /// A number of bytes, in powers of ten: `26.44 GB`.
 pub fn bytes(number: u64) -> String {
-    scaled(number, &[" B", " kB", " MB", " GB", " TB"])
+    Size(number).to_string()
 }
 
 fn scaled(number: u64, units: &[&str]) -> String {

@@ -56,6 +56,7 @@ pub struct Args {
 const SPEED_TEST: Test = Test::Generate {
     tokens: 32,
     depth: 0,
+    repeats: 0.0,
 };
 
 /// Metadata key of the divergence that `fewbit-convert --fit` has promised.

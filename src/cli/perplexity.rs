@@ -46,10 +46,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let base = Vocabulary::read(path)?;
         check_base(&base, &Vocabulary::read(args.model.path())?)?;
     }
-    let engine = args.model.load(Some(args.ctx))?;
-    let base = live
-        .map(|path| args.model.engine.load_base(path, args.ctx))
-        .transpose()?;
+    let (base, engine) = args.model.load_beside(live, args.ctx)?;
     let chunks = chunks_of(engine.tokenizer(), &args.text, args.ctx, args.chunks)?;
     let kept = saved
         .as_ref()

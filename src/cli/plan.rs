@@ -1,24 +1,21 @@
 //! `fewbit plan`: what goes where in so much memory, and the speed to expect.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::Context;
 use serde_json::json;
 
-use super::common::{Kv, STDOUT, ThreadArgs, at_least, figure, note, print_json};
+use super::common::{Kv, PROBE, STDOUT, ThreadArgs, at_least, figure, note, print_json};
 use crate::gguf;
 use crate::kernels::limits::Limits;
 use crate::model::KvKind;
-use crate::plan::Shape;
 use crate::plan::fit::Fit;
 use crate::plan::memory::Memory;
+use crate::plan::{Shape, Size};
 use crate::tensor::direct::Files;
 use crate::threads::{self, Pool};
-
-/// How long the disk is read to learn its speed.
-const PROBE: Duration = Duration::from_secs(1);
 
 /// Options of `fewbit plan`.
 #[derive(clap::Args)]
@@ -65,6 +62,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let ram = Limits::measure(&pool).read_gb_s * 1e9;
     let speed = fit.tokens_per_second(disk, ram);
 
+    let kinds = [KvKind::F16, KvKind::Q8_0, KvKind::Q4_0].map(KvKind::block_type);
+    let costs: Vec<_> = kinds
+        .into_iter()
+        .filter(|kind| kind.row_bytes(shape.head_dim).is_some())
+        .map(|kind| (kind.name(), shape.kv_bytes(fit.context, kind)))
+        .collect();
+
     let slots = fit.slots.as_ref();
     if args.json {
         let classes = slots.iter().flat_map(|slots| &slots.classes);
@@ -75,6 +79,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "resident_bytes": fit.fixed_bytes(),
             "context": fit.context,
             "kv_bytes": fit.kv_bytes,
+            "kv_bytes_by_type": costs.into_iter().collect::<BTreeMap<_, _>>(),
             "slots": fit.slot_count(),
             "slot_bytes": slot_bytes,
             "experts": fit.experts,
@@ -85,17 +90,17 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         }));
     }
     let mut out = std::io::stdout().lock();
-    let kinds = [KvKind::F16, KvKind::Q8_0, KvKind::Q4_0].map(|kind| {
-        let bytes = shape.kv_bytes(fit.context, kind.block_type());
-        format!("{} {:.2} GB", kind.block_type(), bytes as f64 / 1e9)
-    });
+    let costs: Vec<_> = costs
+        .into_iter()
+        .map(|(kind, bytes)| format!("{kind} {}", Size(bytes)))
+        .collect();
     writeln!(out, "{fit}")
         .and_then(|()| {
             writeln!(
                 out,
                 "context     keys and values of {} tokens: {}",
                 fit.context,
-                kinds.join(", ")
+                costs.join(", ")
             )
         })
         .and_then(|()| {

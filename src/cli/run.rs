@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::common::{
     CacheUse, ModelArgs, STDOUT, Usage, at_least, context_of, note, print_json, speed, utf8,
+    write_trace,
 };
 use super::sampling::SamplingArgs;
 use crate::answer::Answer;
@@ -133,8 +134,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let tail = answer.finish();
     let cache = CacheUse::since(&engine, before, fed);
     if let (Some(path), Some(trace)) = (&args.trace_experts, engine.take_trace()) {
-        std::fs::write(path, trace.to_text()?)
-            .with_context(|| format!("{}: cannot write the trace", path.display()))?;
+        write_trace(path, &trace)?;
     }
     let stop = if answer.stop().is_some() {
         Stop::Text

@@ -5,22 +5,22 @@
 //! before down, in pieces that several readers have in flight together. It then gives out what has
 //! arrived. Where a layer needs more experts than there are slots, they come in rounds.
 //!
-//! What is likely to be needed next ([`Cache::expect`]) is read when nothing else is to be read.
+//! What is likely to be needed next ([`Cache::expect`]) is read when nothing else is to be read: readers
+//! that run dry look for it themselves, the layer that comes first before the others.
 
 use std::collections::VecDeque;
 use std::io;
-use std::ops::{Range, Sub};
+use std::ops::{Add, Range, Sub};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use memmap2::MmapMut;
-
+use super::memory::Memory;
 use super::policy::{Kind, Policy};
 use super::{Expert, Portion};
 use crate::plan::fit::Slots;
 use crate::tensor::Extent;
-use crate::tensor::direct::{Error, Files, Piece, READ, READERS};
+use crate::tensor::direct::{self, Error, Files, Piece, READ, READERS};
 
 /// Readers that may be busy with what is only likely.
 const SUSPICIONS: usize = 2;
@@ -36,6 +36,10 @@ pub struct Counters {
     pub read_bytes: u64,
     /// Time that computation waited for the disk.
     pub waited: Duration,
+    /// Time that something was being read.
+    pub busy: Duration,
+    /// Bytes read for experts that were not used before they went, or have not been yet.
+    pub unused_bytes: u64,
     /// Experts that were expected of a layer before it was visited.
     pub expected: u64,
     /// Of those, the ones that were then needed.
@@ -54,6 +58,24 @@ impl Counters {
     }
 }
 
+impl Add for Counters {
+    type Output = Self;
+
+    /// What was done here and there.
+    fn add(self, other: Self) -> Self {
+        Self {
+            needed: self.needed + other.needed,
+            hits: self.hits + other.hits,
+            read_bytes: self.read_bytes + other.read_bytes,
+            waited: self.waited + other.waited,
+            busy: self.busy + other.busy,
+            unused_bytes: self.unused_bytes + other.unused_bytes,
+            expected: self.expected + other.expected,
+            expected_right: self.expected_right + other.expected_right,
+        }
+    }
+}
+
 impl Sub for Counters {
     type Output = Self;
 
@@ -64,6 +86,8 @@ impl Sub for Counters {
             hits: self.hits - before.hits,
             read_bytes: self.read_bytes - before.read_bytes,
             waited: self.waited - before.waited,
+            busy: self.busy - before.busy,
+            unused_bytes: self.unused_bytes.saturating_sub(before.unused_bytes),
             expected: self.expected - before.expected,
             expected_right: self.expected_right - before.expected_right,
         }
@@ -81,53 +105,13 @@ struct Shared {
     layers: Vec<Vec<Expert<Extent>>>,
     /// Class of the slots that take a layer's experts.
     class_of: Vec<usize>,
+    /// Which thread may touch which part of it, the table says.
     memory: Memory,
     table: Mutex<Table>,
     /// There is something to read, or nothing any more.
     to_read: Condvar,
     /// Something has been read, or cannot be.
     arrived: Condvar,
-}
-
-/// The slots' memory. Which thread may touch which part of it, [`Table`] says.
-struct Memory {
-    map: MmapMut,
-    start: *mut u8,
-}
-
-// SAFETY: `start` points into `map`, which lives as long. Its bytes are handed out by `read` and
-// `write` alone, whose callers keep them apart.
-unsafe impl Send for Memory {}
-// SAFETY: as above.
-unsafe impl Sync for Memory {}
-
-impl Memory {
-    fn new(bytes: usize) -> io::Result<Self> {
-        let mut map = MmapMut::map_anon(bytes.max(1))?;
-        // Reads into large pages need fewer of them pinned, and rows in them fewer translations.
-        // Where the system has none, all works as well.
-        #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
-        let start = map.as_mut_ptr();
-        Ok(Self { map, start })
-    }
-
-    /// # Safety
-    /// Nobody writes the range while the result is alive.
-    unsafe fn read(&self, range: Range<usize>) -> &[u8] {
-        assert!(range.start <= range.end && range.end <= self.map.len());
-        // SAFETY: inside the mapping; not written, as the caller promises.
-        unsafe { std::slice::from_raw_parts(self.start.add(range.start), range.len()) }
-    }
-
-    /// # Safety
-    /// Nobody else has the range while the result is alive.
-    #[allow(clippy::mut_from_ref)] // disjointness is the caller's contract
-    unsafe fn write(&self, range: Range<usize>) -> &mut [u8] {
-        assert!(range.start <= range.end && range.end <= self.map.len());
-        // SAFETY: inside the mapping; exclusive, as the caller promises.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
-    }
 }
 
 /// Who has which slot, and what is to be read. A slot's memory is written by the reader of a piece
@@ -142,9 +126,16 @@ struct Table {
     needed: VecDeque<Read>,
     /// Reads for later.
     likely: VecDeque<Read>,
-    /// What the next visit is expected to need.
-    expected: Expected,
-    /// Readers at work on what is likely.
+    /// What visits to come are expected to need, the next one first.
+    expected: VecDeque<Expected>,
+    /// The layer that is visited, or was last.
+    visited: usize,
+    /// Whether every expert of the visit has a slot, so that what is expected may take others.
+    settled: bool,
+    /// Readers at work, and since when there is one.
+    reading: usize,
+    reading_since: Instant,
+    /// Of those, the ones at work on what is likely.
     suspicions: usize,
     policy: Policy,
     counters: Counters,
@@ -153,7 +144,6 @@ struct Table {
 }
 
 /// What a visit is expected to need.
-#[derive(Default)]
 struct Expected {
     layer: usize,
     experts: Vec<usize>,
@@ -161,12 +151,6 @@ struct Expected {
     done: usize,
     /// Whether it is certain.
     certain: bool,
-}
-
-impl Expected {
-    fn has(&self, (layer, expert): (usize, usize)) -> bool {
-        self.layer == layer && self.experts.contains(&expert)
-    }
 }
 
 struct Slot {
@@ -178,6 +162,8 @@ struct Slot {
     /// Reads of each part that have not arrived.
     missing: [usize; 3],
     pinned: bool,
+    /// Bytes read since it got what it holds, until a visit uses that.
+    unused: u64,
     /// What it holds is not whole and will not be.
     broken: bool,
 }
@@ -222,6 +208,7 @@ impl Cache {
                     holds: None,
                     missing: [0; 3],
                     pinned: false,
+                    unused: 0,
                     broken: false,
                 });
             }
@@ -235,7 +222,11 @@ impl Cache {
                 place: vec![None; layers.len() * experts],
                 needed: VecDeque::new(),
                 likely: VecDeque::new(),
-                expected: Expected::default(),
+                expected: VecDeque::new(),
+                visited: 0,
+                settled: false,
+                reading: 0,
+                reading_since: Instant::now(),
                 suspicions: 0,
                 policy: Policy::new(policy, layers.len(), experts),
                 counters: Counters::default(),
@@ -286,26 +277,30 @@ impl Cache {
             .collect()
     }
 
-    /// The layer will need `experts`: for certain, or probably. They are read when nothing else is,
-    /// and take no slot from what the present visit needs.
-    pub fn expect(&self, layer: usize, experts: &[usize], certain: bool) {
+    /// Layers to come will need such experts, the next one first: for certain, or probably. What was
+    /// expected before is forgotten. They are read when nothing else is, and take no slot from what the
+    /// present visit needs.
+    pub fn expect(&self, layers: impl IntoIterator<Item = (usize, Vec<usize>)>, certain: bool) {
         let mut table = self.shared.lock();
-        table.expected = Expected {
+        let expected = layers.into_iter().map(|(layer, experts)| Expected {
             layer,
-            experts: experts.to_vec(),
+            experts,
             done: 0,
             certain,
-        };
-        if !certain {
-            table.counters.expected += experts.len() as u64;
-        }
+        });
+        table.expected = expected.collect();
+        self.shared.give_up(&mut table, |_| false);
+        // Readers that are idle begin at once.
+        self.shared.to_read.notify_all();
     }
 
     /// The experts `active` (ascending) of a layer, which the caller has to itself: there is one visit
     /// at a time.
     pub(super) fn visit<'a>(&'a self, layer: usize, active: &'a [usize]) -> Visit<'a> {
         let mut table = self.shared.lock();
-        table.policy.visit(layer, active.iter().copied());
+        table.policy.visit(layer, active);
+        table.visited = layer;
+        table.settled = false;
         self.shared.compare(&mut table, layer, active);
         Visit {
             shared: &self.shared,
@@ -336,37 +331,46 @@ impl Shared {
 
     /// What a reader does until the cache is gone.
     fn read(&self) {
+        let mut buffer = direct::memory(READ).ok();
         let mut table = self.lock();
         loop {
             if table.stop {
                 return;
             }
-            let limit = if table.expected.certain {
-                READERS
-            } else {
-                SUSPICIONS
-            };
-            let (read, is_likely) = match table.needed.pop_front() {
-                Some(read) => (read, false),
-                None if table.suspicions < limit && !table.likely.is_empty() => {
-                    (table.likely.pop_front().expect("there is one"), true)
-                }
-                None => {
-                    let woken = self.to_read.wait(table);
-                    table = woken.unwrap_or_else(PoisonError::into_inner);
-                    continue;
-                }
+            let Some((read, is_likely)) = self.next_read(&mut table) else {
+                let woken = self.to_read.wait(table);
+                table = woken.unwrap_or_else(PoisonError::into_inner);
+                continue;
             };
             table.suspicions += usize::from(is_likely);
+            if table.reading == 0 {
+                table.reading_since = Instant::now();
+            }
+            table.reading += 1;
             drop(table);
             let range = read.start..read.start + read.piece.len;
+            let is_large = self.memory.is_large(&range);
             // SAFETY: the range is this read's until `missing` no longer counts it.
-            let buffer = unsafe { self.memory.write(range) };
-            let result = self.files.read(read.piece, buffer);
+            let place = unsafe { self.memory.write(range) };
+            let result = match &mut buffer {
+                Some(buffer) if !is_large => {
+                    let result = self.files.read(read.piece, buffer);
+                    place.copy_from_slice(&buffer[..place.len()]);
+                    result
+                }
+                _ => self.files.read(read.piece, place),
+            };
 
             table = self.lock();
             table.suspicions -= usize::from(is_likely);
+            table.reading -= 1;
+            if table.reading == 0 {
+                let busy = table.reading_since.elapsed();
+                table.counters.busy += busy;
+            }
             table.counters.read_bytes += read.piece.len as u64;
+            table.counters.unused_bytes += read.piece.len as u64;
+            table.slots[read.slot].unused += read.piece.len as u64;
             if let Err(error) = result {
                 table.failure.get_or_insert(error);
                 table.slots[read.slot].broken = true;
@@ -380,36 +384,72 @@ impl Shared {
         }
     }
 
+    /// What a reader is to read now, and whether it is only likely to be needed.
+    fn next_read(&self, table: &mut Table) -> Option<(Read, bool)> {
+        if let Some(read) = table.needed.pop_front() {
+            return Some((read, false));
+        }
+        let certain = table.expected.front().is_some_and(|next| next.certain);
+        let limit = if certain { READERS } else { SUSPICIONS };
+        if table.suspicions >= limit {
+            return None;
+        }
+        if table.likely.is_empty() {
+            self.admit_expected(table);
+        }
+        table.likely.pop_front().map(|read| (read, true))
+    }
+
+    /// Gives the first expected expert that has no slot one, if one can be had.
+    fn admit_expected(&self, table: &mut Table) {
+        if !table.settled {
+            return;
+        }
+        for index in 0..table.expected.len() {
+            let next = &mut table.expected[index];
+            while let Some(&expert) = next.experts.get(next.done) {
+                let id = (next.layer, expert);
+                if table.place[self.index(id)].is_some() {
+                    next.done += 1;
+                } else if self.admit(table, id, true).is_some() {
+                    table.expected[index].done += 1;
+                    return;
+                } else {
+                    return;
+                }
+            }
+        }
+    }
+
     fn experts(&self) -> usize {
         self.layers.first().map_or(0, Vec::len)
     }
 
+    /// Where an expert stands in tables of all of them.
+    fn index(&self, (layer, expert): (usize, usize)) -> usize {
+        layer * self.experts() + expert
+    }
+
     /// Gives an expert a slot, if one can be had, and queues its reads.
-    fn admit(
-        &self,
-        table: &mut Table,
-        expert: (usize, usize),
-        visited: usize,
-        likely: bool,
-    ) -> Option<usize> {
+    fn admit(&self, table: &mut Table, expert: (usize, usize), likely: bool) -> Option<usize> {
         let class = self.class_of[expert.0];
         let slots = table.slots.iter().enumerate();
         let idle = slots.filter(|(_, slot)| slot.class == class && slot.is_idle());
         // What is expected goes last, and not for something else that is.
-        let is_expected = |slot: &Slot| slot.holds.is_some_and(|held| table.expected.has(held));
+        let is_expected = |slot: &Slot| slot.holds.is_some_and(|held| table.expects(held));
         let idle = idle.filter(|(_, slot)| !likely || !is_expected(slot));
         let worth = |slot: &Slot| match slot.holds {
             None => f64::NEG_INFINITY,
             Some(_) if is_expected(slot) => f64::INFINITY,
-            Some((layer, expert)) => table.policy.worth(layer, expert, visited),
+            Some((layer, expert)) => table.policy.worth(layer, expert, table.visited),
         };
         let (index, _) = idle.min_by(|(_, a), (_, b)| worth(a).total_cmp(&worth(b)))?;
-        let experts = self.experts();
         let slot = &mut table.slots[index];
-        if let Some((layer, expert)) = slot.holds.replace(expert) {
-            table.place[layer * experts + expert] = None;
+        if let Some(held) = slot.holds.replace(expert) {
+            table.place[self.index(held)] = None;
         }
-        table.place[expert.0 * experts + expert.1] = Some(index);
+        slot.unused = 0;
+        table.place[self.index(expert)] = Some(index);
         let mut start = slot.range.start;
         for (part, extent) in self.layers[expert.0][expert.1]
             .parts()
@@ -441,28 +481,31 @@ impl Shared {
     /// A layer is visited: what was expected is compared with what is needed, and what is not needed is
     /// not read any further.
     fn compare(&self, table: &mut Table, layer: usize, active: &[usize]) {
-        // What is expected of another layer stays so.
-        if table.expected.layer == layer {
-            let expected = std::mem::take(&mut table.expected);
+        // What is expected of other layers stays so.
+        while let Some(index) = table.expected.iter().position(|next| next.layer == layer) {
+            let expected = table.expected.remove(index).expect("it is there");
             if !expected.certain {
                 let right = expected.experts.iter().filter(|e| active.contains(e));
                 table.counters.expected_right += right.count() as u64;
+                table.counters.expected += expected.experts.len() as u64;
             }
         }
-        let slots = &mut table.slots;
-        let mut gone = Vec::new();
-        table.likely.retain(|read| {
-            let wrong = slots[read.slot]
-                .holds
-                .is_some_and(|(of, expert)| of == layer && !active.contains(&expert));
-            if wrong {
-                gone.push((read.slot, read.part));
-            }
-            !wrong
+        self.give_up(table, |(of, expert)| {
+            of == layer && active.contains(&expert)
         });
-        for (slot, part) in gone {
-            table.slots[slot].broken = true;
-            table.arrive(slot, part, self.experts());
+    }
+
+    /// What is neither `needed` nor expected any more is not read any further.
+    fn give_up(&self, table: &mut Table, needed: impl Fn((usize, usize)) -> bool) {
+        let reads = std::mem::take(&mut table.likely).into_iter();
+        let (likely, gone): (VecDeque<_>, VecDeque<_>) = reads.partition(|read| {
+            let held = table.slots[read.slot].holds;
+            held.is_some_and(|held| needed(held) || table.expects(held))
+        });
+        table.likely = likely;
+        for read in gone {
+            table.slots[read.slot].broken = true;
+            table.arrive(read.slot, read.part, self.experts());
         }
     }
 
@@ -487,6 +530,11 @@ fn piece(extent: &Extent) -> Piece {
 }
 
 impl Table {
+    fn expects(&self, (layer, expert): (usize, usize)) -> bool {
+        let mut expected = self.expected.iter();
+        expected.any(|next| next.layer == layer && next.experts.contains(&expert))
+    }
+
     /// A read of a part of a slot is over, or will not be made.
     fn arrive(&mut self, slot: usize, part: usize, experts: usize) {
         let slot = &mut self.slots[slot];
@@ -533,6 +581,8 @@ impl Visit<'_> {
         for stage in &self.stages[self.given..self.next] {
             if let Stage::Gated(slot) = *stage {
                 table.slots[slot].pinned = false;
+                let used = std::mem::take(&mut table.slots[slot].unused);
+                table.counters.unused_bytes -= used;
             }
         }
         self.given = self.next;
@@ -554,7 +604,7 @@ impl Visit<'_> {
         }
     }
 
-    /// Pins what is there, and queues what is not, as far as there are slots; then what is expected.
+    /// Pins what is there, and queues what is not, as far as there are slots.
     fn admit(&mut self, table: &mut Table) {
         let experts = self.shared.experts();
         // Those in the window are pinned, so that it must not be larger than the slots: an expert that
@@ -566,57 +616,49 @@ impl Visit<'_> {
             .filter(|slot| slot.class == class)
             .count();
         let end = self.active.len().min(self.given + window);
+        // First those that are there: what the others take must not be theirs.
+        for index in self.given..end {
+            let place = table.place[self.layer * experts + self.active[index]];
+            let sound = place.filter(|&slot| !table.slots[slot].broken);
+            let (Stage::Outside, Some(slot)) = (self.stages[index], sound) else {
+                continue;
+            };
+            table.counters.hits += u64::from(table.slots[slot].missing == [0; 3]);
+            // What was read on suspicion is now needed.
+            let (own, others): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut table.likely)
+                .into_iter()
+                .partition(|read| read.slot == slot);
+            table.likely = others;
+            if !own.is_empty() {
+                table.needed.extend(own);
+                self.shared.to_read.notify_all();
+            }
+            self.pin(table, index, slot);
+        }
         for index in self.given..end {
             if self.stages[index] != Stage::Outside {
                 continue;
             }
-            let expert = self.active[index];
-            let found = table.place[self.layer * experts + expert];
-            let slot = match found {
-                // It was given up, and the last of its reads is not over.
-                Some(slot) if table.slots[slot].broken => return,
-                Some(slot) => {
-                    let whole = table.slots[slot].missing == [0; 3];
-                    table.counters.hits += u64::from(whole);
-                    // What was read on suspicion is now needed.
-                    let (own, others) = std::mem::take(&mut table.likely)
-                        .into_iter()
-                        .partition(|read| read.slot == slot);
-                    table.likely = others;
-                    let own: VecDeque<_> = own;
-                    if !own.is_empty() {
-                        table.needed.extend(own);
-                        self.shared.to_read.notify_all();
-                    }
-                    slot
-                }
-                None => {
-                    let id = (self.layer, expert);
-                    match self.shared.admit(table, id, self.layer, false) {
-                        Some(slot) => slot,
-                        None => return,
-                    }
-                }
+            let id = (self.layer, self.active[index]);
+            // It was given up, and the last of its reads is not over; or no slot is idle.
+            let is_broken = table.place[self.layer * experts + id.1].is_some();
+            let slot = match is_broken {
+                true => None,
+                false => self.shared.admit(table, id, false),
             };
-            table.counters.needed += 1;
-            table.slots[slot].pinned = true;
-            self.stages[index] = Stage::Inside(slot);
+            let Some(slot) = slot else { return };
+            self.pin(table, index, slot);
         }
-        if end < self.active.len() {
-            return;
+        if end == self.active.len() && !table.settled {
+            table.settled = true;
+            self.shared.to_read.notify_all();
         }
-        // What is only probable waits until the disk has nothing else to do.
-        if !table.expected.certain && !table.needed.is_empty() {
-            return;
-        }
-        while let Some(&expert) = table.expected.experts.get(table.expected.done) {
-            let id = (table.expected.layer, expert);
-            let there = table.place[id.0 * experts + expert].is_some();
-            if !there && self.shared.admit(table, id, self.layer, true).is_none() {
-                return;
-            }
-            table.expected.done += 1;
-        }
+    }
+
+    fn pin(&mut self, table: &mut Table, index: usize, slot: usize) {
+        table.counters.needed += 1;
+        table.slots[slot].pinned = true;
+        self.stages[index] = Stage::Inside(slot);
     }
 
     /// Whether anything can be computed.
@@ -667,5 +709,85 @@ impl Drop for Visit<'_> {
                 table.slots[slot].pinned = false;
             }
         }
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::plan::fit::Class;
+    use crate::quant::BlockType;
+
+    /// Experts of three parts of 8 KiB, one after the other, and two slots for them.
+    fn experts(layers: u64, experts: u64) -> (Vec<Vec<Expert<Extent>>>, Slots) {
+        let extent = |index: u64| Extent {
+            kind: BlockType::F32,
+            rows: 8,
+            cols: 256,
+            stride: 1024,
+            file: 0,
+            offset: index * 8192,
+        };
+        let expert = |index: u64| Expert {
+            gate: extent(3 * index),
+            up: extent(3 * index + 1),
+            down: extent(3 * index + 2),
+        };
+        let layer = |layer: u64| (0..experts).map(|e| expert(layer * experts + e)).collect();
+        let slots = Slots {
+            classes: vec![Class {
+                slot_bytes: 3 * (8192 + 4096),
+                expert_bytes: 3 * 8192,
+                experts: (layers * experts) as usize,
+                slots: 2,
+            }],
+            class_of: vec![0; layers as usize],
+        };
+        ((0..layers).map(layer).collect(), slots)
+    }
+
+    /// What was read ahead for a visit is not given up to what else the visit needs, however little it is worth.
+    #[test]
+    fn what_is_there_stays_while_the_rest_is_fetched() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("weights");
+        std::fs::write(&path, vec![1; 64 * 8192]).unwrap();
+        let (layers, mut slots) = experts(2, 4);
+        slots.classes[0].slots = 3;
+        let files = Files::of(path);
+        let cache = Cache::new(files, layers, &slots, Kind::default()).unwrap();
+        let visit = |layer: usize, active: &[usize]| {
+            let mut visit = cache.visit(layer, active);
+            while visit.portion().unwrap().is_some() {}
+        };
+        for _ in 0..8 {
+            visit(0, &[0]);
+            visit(1, &[0]);
+        }
+        visit(0, &[2]);
+        let before = cache.counters();
+        // There is one slot for expert 1, and expert 2 of the same layer would be the first to go.
+        visit(0, &[1, 2]);
+        let done = cache.counters() - before;
+        assert_eq!((done.needed, done.hits), (2, 1));
+    }
+
+    /// Readers that fail end a visit with an error, again and again, and the cache can be dropped.
+    #[test]
+    fn a_disk_that_fails_ends_the_visit_with_an_error() {
+        let (layers, slots) = experts(2, 2);
+        let cache = Cache::new(Files::failing(), layers, &slots, Kind::default()).unwrap();
+        for layer in [0, 1, 0] {
+            cache.expect([((layer + 1) % 2, vec![0, 1])], false);
+            let mut visit = cache.visit(layer, &[0, 1]);
+            let error = loop {
+                match visit.portion() {
+                    Ok(portion) => assert!(portion.is_some(), "nothing can have been read"),
+                    Err(error) => break error,
+                }
+            };
+            assert!(matches!(error, Error::Read { .. }), "{error}");
+        }
+        assert_eq!(cache.counters().hits, 0);
     }
 }

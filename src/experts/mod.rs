@@ -6,6 +6,8 @@
 //! feed-forward part is one expert that every token takes with weight 1.
 
 pub mod cache;
+pub mod generate;
+mod memory;
 pub mod policy;
 pub mod trace;
 

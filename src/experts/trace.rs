@@ -136,7 +136,7 @@ impl Trace {
             let mut policy = Policy::new(kind, layers, self.head.experts);
             let keep =
                 |_: usize, layer: usize, active: &[usize], held: &mut HashSet<(usize, usize)>| {
-                    policy.visit(layer, active.iter().copied());
+                    policy.visit(layer, active);
                     let worth = |&(of, expert): &(usize, usize)| policy.worth(of, expert, layer);
                     evict(slots, layer, active, held, worth);
                 };
@@ -145,6 +145,37 @@ impl Trace {
         outcomes.push(self.fixed(slots, tokens));
         outcomes.push(self.best(slots, tokens));
         Ok(outcomes)
+    }
+
+    /// How evenly experts were used while tokens were generated, and how often again.
+    pub fn habits(&self) -> Habits {
+        let experts = self.head.experts;
+        let mut uses = vec![vec![0usize; experts]; self.head.expert_bytes.len()];
+        let (mut seen, mut again) = (0, 0);
+        let mut before: Option<&Pass> = None;
+        for pass in self.generated() {
+            for (layer, active) in pass.active.iter().enumerate() {
+                active.iter().for_each(|&expert| uses[layer][expert] += 1);
+                if let Some(before) = before {
+                    let kept = before.active[layer].iter().filter(|e| active.contains(e));
+                    seen += before.active[layer].len();
+                    again += kept.count();
+                }
+            }
+            before = Some(pass);
+        }
+        let mut by_rank = vec![0.0; experts];
+        let total: usize = uses.iter().flatten().sum();
+        for layer in &mut uses {
+            layer.sort_unstable_by_key(|&uses| std::cmp::Reverse(uses));
+            for (share, &uses) in by_rank.iter_mut().zip(&*layer) {
+                *share += uses as f64 / total.max(1) as f64;
+            }
+        }
+        Habits {
+            by_rank,
+            repeats: again as f64 / seen.max(1) as f64,
+        }
     }
 
     fn generated(&self) -> impl Iterator<Item = &Pass> {
@@ -255,6 +286,15 @@ fn shrink(
         let least = held.iter().copied().min_by(order);
         held.remove(&least.expect("more than no slots are held"));
     }
+}
+
+/// What can be said of routing.
+#[derive(Clone, Debug, Serialize)]
+pub struct Habits {
+    /// The share of uses that go to the most used expert of a layer, to the second, and so on.
+    pub by_rank: Vec<f64>,
+    /// The share of experts that the next pass used again.
+    pub repeats: f64,
 }
 
 /// What came of a trace.

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::attention::Attention;
-use super::moe::{Routing, choose, choose_present};
-use super::{Config, KvCache, Layer, Model, Observer, Site, State};
+use super::moe::{Routing, choose_preferred};
+use super::{KvCache, Layer, Model, Observer, Site, State};
 use crate::experts::Cache;
 use crate::kernels::experts::feed_forward;
 use crate::kernels::linear::{Into, linear};
@@ -195,22 +195,14 @@ pub(crate) fn forward_part(
         let used = shape.experts_used;
         if let Some(router) = &layer.router {
             let normed = &s.normed;
-            let present = match (model.routing, weights.experts.cache()) {
-                (Routing::Cached(margin), Some(cache)) if phase == Phase::Generate => {
-                    Some((cache.present(l), margin))
-                }
-                _ => None,
-            };
+            let preferred = preferred(model, phase, l);
             pool.chunks(&mut s.chosen[..n * used], used, |t, chosen| {
                 let scores = &mut [0.0; MAX_EXPERTS][..shape.experts];
                 kernels.dot_rows(router.all(), normed.row(t), scores);
                 if let Some(low) = lora.and_then(|lora| lora.router.as_ref()) {
                     low.add_one(kernels, normed.row(t).x, scores);
                 }
-                match &present {
-                    None => choose(scores, chosen),
-                    Some((present, margin)) => choose_present(scores, present, *margin, chosen),
-                }
+                choose_preferred(scores, preferred.as_ref(), chosen);
             });
         }
         s.routes.group(shape.experts, used, &s.chosen[..n * used]);
@@ -220,8 +212,8 @@ pub(crate) fn forward_part(
         }
         // The visit first: it is compared with what was expected of it, which then makes place.
         let visit = weights.experts.visit(l, &active);
-        if let (Some(cache), Some(next)) = (weights.experts.cache(), weights.layers.get(l + 1)) {
-            expect(cache, (l + 1, next), config, pool, kernels, n, s);
+        if let Some(cache) = weights.experts.cache() {
+            expect(cache, model, phase, l, pool, kernels, n, s);
         }
         feed_forward(
             pool,
@@ -314,48 +306,74 @@ pub fn hidden_states(
     }
 }
 
-/// Tells the cache what the next layer will need: everything where so many tokens come that hardly an expert
-/// can be without one; else what its router chooses with the residual as it is, before this layer's experts
-/// have added their part.
+/// Tells the cache what the layers after `l` will need: everything where so many tokens come that hardly an
+/// expert can be without one; else what their routers choose with the residual as it is, before this layer's
+/// experts have added their part.
+#[allow(clippy::too_many_arguments)] // the pass's own, and where it stands
 fn expect(
     cache: &Cache,
-    (l, layer): (usize, &Layer),
-    config: &Config,
+    model: &Model,
+    phase: Phase,
+    l: usize,
     pool: &Pool,
     kernels: &Kernels,
     n: usize,
     s: &mut State,
 ) {
+    let (config, layers) = (&model.config, &model.weights.layers[l + 1..]);
     let (shape, norm) = (&config.shape, kernels.floats.norm);
-    let Some(router) = &layer.router else {
-        return cache.expect(l, &[0], true);
+    let Some(next) = layers.first() else {
+        return cache.expect([], false);
     };
-    if n * shape.experts_used >= MANY * shape.experts {
-        let all: Vec<usize> = (0..shape.experts).collect();
-        return cache.expect(l, &all, true);
+    if next.router.is_none() || n * shape.experts_used >= MANY * shape.experts {
+        return cache.expect([(l + 1, (0..shape.experts).collect())], true);
     }
-    s.last.fill(pool, kernels, n, |t, out| {
-        norm(
-            row(&s.x, t, shape.hidden),
-            &layer.ffn_norm,
-            config.norm_eps,
-            out,
-        );
-    });
-    let mut wanted = vec![false; shape.experts];
-    let mut chosen = vec![(0, 0.0); shape.experts_used];
-    for t in 0..n {
-        let scores = &mut [0.0; MAX_EXPERTS][..shape.experts];
-        kernels.dot_rows(router.all(), s.last.row(t), scores);
-        choose(scores, &mut chosen);
-        chosen.iter().for_each(|&(expert, _)| wanted[expert] = true);
+    let mut guess = |(l, layer): (usize, &Layer)| {
+        let preferred = preferred(model, phase, l);
+        s.last.fill(pool, kernels, n, |t, out| {
+            let x = row(&s.x, t, shape.hidden);
+            norm(x, &layer.ffn_norm, config.norm_eps, out);
+        });
+        let mut wanted = Vec::new();
+        let mut chosen = vec![(0, 0.0); shape.experts_used];
+        for t in 0..n {
+            let scores = &mut [0.0; MAX_EXPERTS][..shape.experts];
+            let router = layer.router.as_ref().expect("all layers are alike");
+            kernels.dot_rows(router.all(), s.last.row(t), scores);
+            choose_preferred(scores, preferred.as_ref(), &mut chosen);
+            wanted.extend_from_slice(&chosen);
+        }
+        // What is most certain first.
+        wanted.sort_by(|(_, a), (_, b)| b.total_cmp(a));
+        let mut experts = Vec::new();
+        for (expert, _) in wanted {
+            if !experts.contains(&expert) {
+                experts.push(expert);
+            }
+        }
+        (l, experts)
+    };
+    let ahead = (l + 1..).zip(layers.iter().take(LOOKAHEAD));
+    let guesses: Vec<_> = ahead.map(&mut guess).collect();
+    cache.expect(guesses, false);
+}
+
+/// The experts of a layer that are preferred, and by how much, where some are.
+fn preferred(model: &Model, phase: Phase, l: usize) -> Option<(Vec<bool>, f32)> {
+    match (model.routing, model.weights.experts.cache()) {
+        (Routing::Cached(margin), Some(cache)) if phase == Phase::Generate => {
+            Some((cache.present(l), margin))
+        }
+        _ => None,
     }
-    let wanted: Vec<usize> = (0..shape.experts).filter(|&e| wanted[e]).collect();
-    cache.expect(l, &wanted, false);
 }
 
 /// Routes an expert from which on it is taken for certain that all experts have tokens.
 const MANY: usize = 8;
+
+/// Layers ahead that are guessed: more than one, since there may be time to read when the next one's experts are
+/// all there.
+const LOOKAHEAD: usize = 3;
 
 /// Row `t` of a matrix of `cols` columns.
 fn row<T>(matrix: &[T], t: usize, cols: usize) -> &[T] {

@@ -15,18 +15,20 @@ pub enum Routing {
 /// Turns a token's router logits into its experts: softmax over all of them, the best
 /// `chosen.len()` taken, their weights renormalised to sum to 1. Of equal scores the lower
 /// expert wins. `scores` is used up.
-pub(super) fn choose(scores: &mut [f32], chosen: &mut [(usize, f32)]) {
+fn choose(scores: &mut [f32], chosen: &mut [(usize, f32)]) {
     choose_by(scores, |_| 0.0, chosen);
 }
 
-/// The same where, but for the best one, experts that are `present` are preferred by `margin`: see
+/// The same where, but for the best one, the experts of `preferred` that are present are preferred by its margin: see
 /// [`Routing::Cached`].
-pub(super) fn choose_present(
+pub(super) fn choose_preferred(
     scores: &mut [f32],
-    present: &[bool],
-    margin: f32,
+    preferred: Option<&(Vec<bool>, f32)>,
     chosen: &mut [(usize, f32)],
 ) {
+    let Some((present, margin)) = preferred else {
+        return choose(scores, chosen);
+    };
     let (low, high) = scores
         .iter()
         .fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), &score| {
@@ -109,12 +111,8 @@ mod tests {
         let choose = |margin: f32| {
             let mut chosen = [(0, 0.0); 2];
             let mut scores = vec![0.0, 10.0, 5.0, 4.5];
-            choose_present(
-                &mut scores,
-                &[true, false, false, true],
-                margin,
-                &mut chosen,
-            );
+            let preferred = (vec![true, false, false, true], margin);
+            choose_preferred(&mut scores, Some(&preferred), &mut chosen);
             chosen
         };
         assert_eq!(choose(0.0).map(|(expert, _)| expert), [1, 2]);

@@ -6,7 +6,8 @@
 
 use std::fmt;
 
-use super::{Group, PROMPT_BATCH, SCRATCH_LIMIT, Shape, Weight};
+use super::memory::Needs;
+use super::{Group, PROMPT_BATCH, SCRATCH_LIMIT, Shape, Size, Weight};
 use crate::gguf::names::{self, Experts};
 use crate::quant::BlockType;
 
@@ -14,8 +15,9 @@ use crate::quant::BlockType;
 const LEAST_SLOTS: usize = 2;
 /// What an expert's part takes in a slot beyond its bytes: reads begin and end at multiples of this.
 const BORDER: u64 = 4096;
-/// The program itself, its threads' stacks, the file's metadata; and the vocabulary, a token.
-const PROGRAM: u64 = 24 << 20;
+/// The program itself, its threads' stacks, what readers keep (4 MiB each), the file's metadata; and the vocabulary, a
+/// token.
+const PROGRAM: u64 = 40 << 20;
 const PROGRAM_A_TOKEN: u64 = 512;
 /// Tokens of context where nobody asks for more or less, and the model was trained for as many.
 const USUAL_CONTEXT: usize = 4096;
@@ -88,16 +90,18 @@ pub struct Fit {
 /// A model cannot run in so much memory.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{:.2} GB of memory are too little: at least {:.2} GB are needed at a context of {context} \
-     (weights beside the experts {:.2}, keys and values {:.2}, scratch {:.2}, two experts at a time {:.2}); \
+    "{} of memory are too little: at least {} are needed at a context of {context} \
+     (weights beside the experts {}, keys and values {}, scratch {}, two experts at a time {}); \
      give more by --memory, or a smaller --ctx",
-    gb(*memory), gb(*needed), gb(*dense_bytes), gb(*kv_bytes), gb(*scratch_bytes), gb(*slot_bytes)
+    Size(*memory), Size(*needed).rounded_up(), Size(*dense_bytes), Size(*kv_bytes), Size(*scratch_bytes), Size(*slot_bytes)
 )]
 pub struct TooLittle {
     /// Bytes that there are.
     pub memory: u64,
     /// Bytes that are needed at least.
     pub needed: u64,
+    /// Bytes with which all would be in memory.
+    pub all: u64,
     /// Tokens of context.
     pub context: usize,
     /// Bytes of weights that are always resident.
@@ -108,10 +112,6 @@ pub struct TooLittle {
     pub scratch_bytes: u64,
     /// Bytes of the smallest number of slots.
     pub slot_bytes: u64,
-}
-
-fn gb(bytes: u64) -> f64 {
-    bytes as f64 / 1e9
 }
 
 impl Fit {
@@ -181,6 +181,7 @@ impl Fit {
             return Err(TooLittle {
                 memory,
                 needed,
+                all: fit.fixed_bytes().saturating_add(fit.expert_bytes),
                 context: fit.context,
                 dense_bytes,
                 kv_bytes: fit.kv_bytes,
@@ -191,6 +192,24 @@ impl Fit {
         slots.grow_to(memory - fit.fixed_bytes());
         fit.slots = Some(slots);
         Ok(fit)
+    }
+
+    /// What a model of `shape` and `weights` needs with a context of so many tokens (or the usual number): at
+    /// least, and to have all in memory.
+    pub fn needs<'a>(
+        shape: &Shape,
+        weights: impl IntoIterator<Item = impl Into<Weight<'a>>>,
+        context: Option<usize>,
+        kv: BlockType,
+    ) -> Needs {
+        let context = context.unwrap_or_else(|| usual_context(shape));
+        match Self::new(shape, weights, 0, Some(context), kv) {
+            Ok(_) => unreachable!("nothing fits into no memory"),
+            Err(little) => Needs {
+                least: little.needed,
+                all: little.all,
+            },
+        }
     }
 
     /// Bytes of all that is resident whatever the experts get.
@@ -225,29 +244,29 @@ impl fmt::Display for Fit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "memory      {:.2} GB: weights beside the experts {:.2}, keys and values {:.2}, scratch {:.2}, {:.2} left",
-            gb(self.memory),
-            gb(self.dense_bytes),
-            gb(self.kv_bytes),
-            gb(self.scratch_bytes),
-            gb(self.memory.saturating_sub(self.fixed_bytes()))
+            "memory      {}: weights beside the experts {}, keys and values {}, scratch {}, {} left",
+            Size(self.memory),
+            Size(self.dense_bytes),
+            Size(self.kv_bytes),
+            Size(self.scratch_bytes),
+            Size(self.memory.saturating_sub(self.fixed_bytes()))
         )?;
         match &self.slots {
             None => write!(
                 f,
-                "experts     all {} of them, {:.2} GB, fit: the file is mapped",
+                "experts     all {} of them, {}, fit: the file is mapped",
                 self.experts,
-                gb(self.expert_bytes)
+                Size(self.expert_bytes)
             ),
             Some(slots) => write!(
                 f,
-                "experts     {} of {} in slots, {:.2} of {:.2} GB; a token needs {:.2} GB of them and reads {:.2} from disk",
+                "experts     {} of {} in slots, {} of {}; a token needs {} of them and reads {} from disk",
                 slots.count(),
                 self.experts,
-                gb(slots.bytes()),
-                gb(self.expert_bytes),
-                gb(self.active_bytes),
-                self.read_bytes_per_token() / 1e9
+                Size(slots.bytes()),
+                Size(self.expert_bytes),
+                Size(self.active_bytes),
+                Size(self.read_bytes_per_token() as u64)
             ),
         }
     }

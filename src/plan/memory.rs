@@ -14,6 +14,35 @@ pub enum Memory {
     Bytes(u64),
 }
 
+/// What a model needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// Bytes without which it cannot run.
+    pub least: u64,
+    /// Bytes with which all of it is in memory; not fewer.
+    pub all: u64,
+}
+
+/// Shares `memory` bytes out among models that run side by side: each gets the least that it needs, and of the
+/// rest equal parts, as far as it has a use for them. `None` where that is too little.
+pub fn share_out(memory: u64, needs: &[Needs]) -> Option<Vec<u64>> {
+    let mut shares: Vec<u64> = needs.iter().map(|needs| needs.least).collect();
+    let least = shares
+        .iter()
+        .try_fold(0_u64, |sum, &share| sum.checked_add(share))?;
+    let mut rest = memory.checked_sub(least)?;
+    // Those that want least first: what they leave is the others'.
+    let mut order: Vec<usize> = (0..needs.len()).collect();
+    let wanted = |index: usize| needs[index].all.saturating_sub(needs[index].least);
+    order.sort_by_key(|&index| wanted(index));
+    for (done, &index) in order.iter().enumerate() {
+        let part = (rest / (order.len() - done) as u64).min(wanted(index));
+        shares[index] += part;
+        rest -= part;
+    }
+    Some(shares)
+}
+
 /// What is left to everybody else of what is available.
 const TO_SPARE: u64 = 512 << 20;
 
@@ -102,6 +131,19 @@ pub fn in_kib(text: &str, key: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_is_shared_out_by_need() {
+        let needs = |least, all| Needs { least, all };
+        let three = [needs(10, 100), needs(5, 20), needs(10, 30)];
+        assert_eq!(share_out(24, &three), None);
+        assert_eq!(share_out(25, &three), Some(vec![10, 5, 10]));
+        assert_eq!(share_out(55, &three), Some(vec![20, 15, 20]));
+        // What the small ones do not need, the large one gets.
+        assert_eq!(share_out(100, &three), Some(vec![50, 20, 30]));
+        assert_eq!(share_out(1000, &three), Some(vec![100, 20, 30]));
+        assert_eq!(share_out(u64::MAX, &[needs(u64::MAX, u64::MAX); 2]), None);
+    }
 
     #[test]
     fn sizes() {

@@ -26,6 +26,41 @@ pub const READERS: usize = 4;
 /// wait long for one that was begun on suspicion.
 pub const READ: usize = 4 << 20;
 
+/// Memory to read into, in large pages where the system has them: a read of several megabytes is then one
+/// request to the disk instead of one for every few hundred small pages, which nearly doubles its speed on some.
+///
+/// # Errors
+/// When there is no such memory.
+pub fn memory(bytes: usize) -> io::Result<MmapMut> {
+    let map = MmapMut::map_anon(bytes.max(1))?;
+    // Where there are no large pages, all works as well.
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
+    Ok(map)
+}
+
+/// Asks for one large page in place of the small ones under `len` bytes of `map` from `offset` on; whether it is
+/// there now. What the memory holds stays as it is.
+///
+/// # Panics
+/// If that is not within the map.
+#[cfg(target_os = "linux")]
+pub fn enlarge(map: &MmapMut, offset: usize, len: usize) -> bool {
+    assert!(offset <= map.len() && len <= map.len() - offset);
+    // SAFETY: the range is inside a mapping of our own; the advice moves its bytes to another page and changes
+    // none of them.
+    unsafe {
+        let start = map.as_ptr().add(offset).cast_mut();
+        libc::madvise(start.cast(), len, libc::MADV_COLLAPSE) == 0
+    }
+}
+
+/// There is nothing to ask for.
+#[cfg(not(target_os = "linux"))]
+pub fn enlarge(_: &MmapMut, _: usize, _: usize) -> bool {
+    true
+}
+
 /// Why bytes of a file cannot be had.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
@@ -166,7 +201,7 @@ impl Files {
         let start = Instant::now();
         let next = AtomicUsize::new(pieces.len());
         let reader = || {
-            let mut buffer = MmapMut::map_anon(READ).map_err(failed)?;
+            let mut buffer = memory(READ).map_err(failed)?;
             let mut bytes = 0;
             while start.elapsed() < time {
                 let turn = next.fetch_sub(1, Ordering::Relaxed).wrapping_sub(1);
@@ -259,8 +294,39 @@ fn forget(file: &File, piece: Piece) {
 fn forget(_: &File, _: Piece) {}
 
 #[cfg(test)]
+impl Files {
+    /// One file, through the page cache.
+    pub(crate) fn of(path: PathBuf) -> Self {
+        let file = File::open(&path).expect("the test has made it");
+        Self {
+            files: vec![(path, file)],
+            buffered: None,
+        }
+    }
+
+    /// One file whose disk fails wherever it is read.
+    pub(crate) fn failing() -> Self {
+        // Nothing is mapped at low addresses, which reads answer with EIO.
+        Self::of(PathBuf::from("/proc/self/mem"))
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_disk_that_fails_is_an_error_that_names_file_and_place() {
+        let mut buffer = memory(ALIGN).unwrap();
+        let piece = Piece::around(0, 5000, 10);
+        let error = Files::failing().read(piece, &mut buffer).unwrap_err();
+        let eio = io::Error::from_raw_os_error(libc::EIO);
+        assert_eq!(
+            error.to_string(),
+            format!("/proc/self/mem: cannot read at byte 4096: {eio}; check the disk")
+        );
+    }
 
     #[test]
     fn a_piece_lies_between_borders_and_so_do_its_parts() {

@@ -9,6 +9,7 @@ use std::f32::consts::TAU;
 
 use fewbit::quant::BlockType;
 use rand::rngs::ChaCha8Rng;
+use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rayon::prelude::*;
 
@@ -45,6 +46,13 @@ pub fn normals(seed: u64, stream: u64, count: usize, sigma: f32) -> Vec<f32> {
     numbers
 }
 
+/// The numbers from 0 to `count` - 1 in a random order.
+pub fn ranks(seed: u64, stream: u64, count: usize) -> Vec<usize> {
+    let mut ranks: Vec<usize> = (0..count).collect();
+    ranks.shuffle(&mut stream_of(seed, stream | 1 << 39));
+    ranks
+}
+
 /// Chunks of normal weights in blocks of one type.
 pub struct Pool {
     bytes: Vec<u8>,
@@ -52,8 +60,8 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Encodes weights of deviation `sigma` in blocks of `kind`, which must have an encoder.
-    pub fn new(kind: BlockType, sigma: f32, normals: &Normals) -> Self {
+    /// Encodes weights of such a mean and deviation `sigma` in blocks of `kind`, which must have an encoder.
+    pub fn new(kind: BlockType, mean: f32, sigma: f32, normals: &Normals) -> Self {
         let encode = kind
             .encoder()
             .expect("recipes name types that can be written");
@@ -63,7 +71,7 @@ impl Pool {
             .par_chunks_mut(chunk_bytes)
             .zip(normals.0.par_chunks(CHUNK))
             .for_each(|(encoded, normals)| {
-                let weights: Vec<f32> = normals.iter().map(|x| sigma * x).collect();
+                let weights: Vec<f32> = normals.iter().map(|x| mean + sigma * x).collect();
                 encode(&weights, None, encoded);
             });
         Self { bytes, chunk_bytes }

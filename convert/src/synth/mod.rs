@@ -4,6 +4,7 @@
 //! download. But it needs weights that behave: activations that stay finite, experts that
 //! are chosen about equally often. All weights are normal with mean 0, the norms are 1, and
 //! deviations are chosen so that the residual stream keeps its order of magnitude (`deviation`).
+//! Routing that is uneven, as trained routers' is, can be had with [`Options::zipf`].
 
 mod blocks;
 mod vocab;
@@ -138,6 +139,8 @@ pub struct Options {
     pub mix: Mix,
     /// Equal seeds give equal bytes.
     pub seed: u64,
+    /// How uneven routing is: about `r^-zipf` for the expert of rank `r`, each layer with ranks of its own; 0 is even.
+    pub zipf: f32,
     /// Replace an existing file.
     pub force: bool,
 }
@@ -245,6 +248,27 @@ fn deviation(role: Role, config: &ModelConfig, columns: usize) -> f32 {
     }
 }
 
+/// What every embedding has in each column, beside its random part of deviation 1, where routing is uneven: a
+/// direction that the residual stream keeps through all layers, so that routers can add a constant to a score.
+const COMMON: f32 = 1.0;
+
+/// A router's rows, made uneven: row by row a share of the common direction.
+///
+/// After a norm an input of layer `l` has the mean `COMMON / r` and varies by `σ / r` with `σ² = 1 + l / layers`
+/// (what the layers before have added) and some `r`. So a row without a mean of its own, of variance
+/// 1/columns, gives a score that varies by `σ / r`, and `b / columns` more in each column shifts it by `b · COMMON / r`. Scores
+/// shifted by `s · ln w` and varying like Gumbel's distribution of scale `s` choose by weights `w`; its deviation is
+/// `s · π/√6`.
+fn skew_router(rows: &mut [f32], columns: usize, zipf: f32, layer: f32, ranks: &[usize]) {
+    const GUMBEL: f32 = 1.282_55;
+    let scale = (1.0 + layer).sqrt() / GUMBEL / COMMON;
+    for (row, &rank) in rows.chunks_exact_mut(columns).zip(ranks) {
+        let mean = row.iter().sum::<f32>() / columns as f32;
+        let shift = -zipf * (rank as f32 + 1.0).ln() * scale / columns as f32;
+        row.iter_mut().for_each(|weight| *weight += shift - mean);
+    }
+}
+
 /// Weights on demand, determined by seed, tensor and place alone.
 struct Weights<'a> {
     options: &'a Options,
@@ -273,6 +297,7 @@ impl<'a> Weights<'a> {
         let mut writer = Writer::create(path, layout)?;
         let mut pools = HashMap::new();
         let mut buffer = Vec::new();
+        let mut routers = 0;
         for (index, (tensor, &kind)) in tensors.iter().zip(kinds).enumerate() {
             progress.set_message(tensor.name.clone());
             let weights: usize = tensor.shape.iter().product();
@@ -284,14 +309,28 @@ impl<'a> Weights<'a> {
             }
             if tensor.role == Role::Router {
                 // Few weights that decide on much: each its own random number.
-                let fresh =
-                    blocks::normals(self.options.seed, (index as u64) << 40, weights, sigma);
+                let stream = (index as u64) << 40;
+                let mut fresh = blocks::normals(self.options.seed, stream, weights, sigma);
+                if self.options.zipf > 0.0 {
+                    let [columns, experts] = tensor.shape[..] else {
+                        unreachable!("a router is a matrix");
+                    };
+                    let ranks = blocks::ranks(self.options.seed, stream, experts);
+                    let layers = self.options.config.layers as f32;
+                    let layer = routers as f32 / layers;
+                    skew_router(&mut fresh, columns, self.options.zipf, layer, &ranks);
+                    routers += 1;
+                }
                 writer.write(bytemuck::cast_slice(&fresh))?;
                 continue;
             }
+            let mean = match tensor.role {
+                Role::TokenEmbd if self.options.zipf > 0.0 => COMMON,
+                _ => 0.0,
+            };
             let pool = pools
-                .entry((kind, sigma.to_bits()))
-                .or_insert_with(|| Pool::new(kind, sigma, &self.normals));
+                .entry((kind, sigma.to_bits(), mean.to_bits()))
+                .or_insert_with(|| Pool::new(kind, mean, sigma, &self.normals));
             let chunks = weights / CHUNK;
             let chunks_at_once = Self::BUFFER / pool.chunk_bytes();
             for (part, first) in (0..chunks).step_by(chunks_at_once).enumerate() {
