@@ -16,6 +16,7 @@
 //! - [`answer`]: the text of these tokens, up to a stop string
 //! - `grammar`: texts that follow a JSON Schema or a grammar (feature `grammar`)
 //! - [`chat`], [`perplexity`], [`bench`](mod@bench): what is built on those two
+//! - [`conversation`]: turns and the session that holds them; kept in files
 //! - `serve`: a server for OpenAI's clients (feature `serve`)
 //! - [`calibrate`]: what the matrices of a model are given, counted into a file for the converter
 //! - [`cli`]: one file a command
@@ -28,6 +29,7 @@ pub mod bench;
 pub mod calibrate;
 pub mod chat;
 pub mod cli;
+pub mod conversation;
 pub mod draft;
 pub mod engine;
 pub mod experts;

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use fewbit::cli::generate;
 use fewbit::plan::memory::Memory;
 use fewbit::quant::BlockType;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -33,6 +34,8 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Synth(SynthArgs),
+    /// Shell completions and man pages
+    Generate(generate::Args),
 }
 
 /// Quantizes a checkpoint into one GGUF file.
@@ -134,6 +137,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse(); // leaves with code 2 by itself
     ignore_file_size_signal();
     let done = match (&cli.command, &cli.convert) {
+        (Some(Command::Generate(args)), _) => return run_generate(args),
         (Some(Command::Synth(args)), _) => run_synth(args),
         (None, Some(args)) => run_convert(args),
         (None, None) => unreachable!("clap asks for a checkpoint"),
@@ -145,6 +149,19 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn run_generate(args: &generate::Args) -> ExitCode {
+    match generate::run(args, Cli::command()) {
+        // Whoever closed the pipe does not want to read it.
+        Err(generate::Error::Stdout(error)) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        Ok(()) => {}
+        Err(error) => {
+            eprintln!("fewbit-convert: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
 }
 
 fn run_convert(args: &ConvertArgs) -> Result<()> {

@@ -395,7 +395,7 @@ fn file_type_name(id: u32) -> Option<&'static str> {
 }
 
 /// Reads a text file whole.
-fn read_text(path: &Path) -> anyhow::Result<String> {
+pub fn read_text(path: &Path) -> anyhow::Result<String> {
     let bytes =
         std::fs::read(path).with_context(|| format!("{}: cannot read the text", path.display()))?;
     utf8(bytes, path.display())

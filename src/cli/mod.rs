@@ -5,6 +5,7 @@ mod calibrate;
 mod chat;
 mod common;
 mod experts;
+pub mod generate;
 mod inspect;
 mod ladder;
 mod perplexity;
@@ -19,7 +20,7 @@ mod shape;
 use std::io::ErrorKind;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use common::{Usage, note};
 
@@ -64,6 +65,8 @@ enum Command {
     Experts(experts::Args),
     /// Prompt and decode speed, with the machine's limits beside them
     Bench(bench::Args),
+    /// Shell completions and man pages
+    Generate(generate::Args),
 }
 
 /// Runs the command that the process's arguments name. Exit codes: 0 done (a reader that hangs
@@ -81,6 +84,7 @@ pub fn main() -> ExitCode {
         Command::Plan(args) => plan::run(args),
         Command::Experts(args) => experts::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Generate(args) => generate::run(&args, Cli::command()).map_err(Into::into),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
