@@ -30,14 +30,18 @@ clean() {
     rm -rf "$work"
 }
 trap clean EXIT
+# The server stays between two conversations.
+tmux new-session -d -s server 'exec cat'
 
 # Starts `fewbit chat` with these arguments on a screen of $1 columns and 30 rows. What it ends with is shown.
+# What stands in $environment is set for it.
+environment=
 start() {
     local columns=$1
     shift
     tmux kill-session -t chat 2>/dev/null || true
     printf -v line '%q ' "$FEWBIT" chat -m "$model" "$@"
-    tmux new-session -d -s chat -x "$columns" -y 30 "cd $work; $line; echo \"(ended with \$?)\"; exec cat"
+    tmux new-session -d -s chat -x "$columns" -y 30 "cd $work; $environment $line; echo \"(ended with \$?)\"; exec cat"
     tmux set-option -t chat history-limit 5000 >/dev/null
 }
 
@@ -91,18 +95,34 @@ step() {
     echo "  $1"
 }
 
+# Waits until an answer has grown twice.
+grows() {
+    local size now more=0
+    size=$(screen | wc -c)
+    for _ in $(seq $((patience * 10))); do
+        now=$(screen | wc -c)
+        if [ "$now" -gt "$size" ]; then
+            size=$now more=$((more + 1))
+        fi
+        [ "$more" -lt 2 ] || return 0
+        sleep 0.1
+    done
+    fail "the answer does not grow"
+}
+
 # What stands between the last prompt with a question and the status line after it.
 last_answer() {
     screen | awk '/^> ./ { text = "" ; next } /^\[[0-9]+ token/ { last = text; next } { text = text $0 "\n" } END { printf "%s", last }'
 }
 
 step "greeting and an answer"
-start 100 --temp 0 -n 60
+start 100 --temp 0 -n 24
 see 'smollm2: .* template\. /help lists'
 see '^>'
-ask "What is the capital of France?"
-see 'Paris'
-see 'tok/s; context [0-9]+ of 2048'
+ask "Hello! How are you?"
+greeting=$(last_answer)
+[[ $greeting == *[a-z][a-z][a-z]* ]] || fail "no answer"
+see 'tok/s; context [0-9]+ of [0-9]+'
 
 step "commands are listed, wrong ones named"
 type_line "/help"
@@ -131,9 +151,11 @@ type_line "/stats"
 see '^turns +5 questions$'
 
 step "an answer streams, and Ctrl-C stops it"
+# Token 2 ends SmolLM2's answers: without it they do not.
+type_line '/set logit_bias {"2": false}'
 type_line "/set n 2000"
 type_line "Tell me a very long story about a dragon, with many chapters."
-see '[Dd]ragon.*' 3
+grows
 see_not '; stopped\]'
 keys C-c
 see '; stopped\]'
@@ -141,7 +163,8 @@ type_line "/stats"
 see '^turns +6 questions$'
 
 step "what was stopped goes on, and is taken back"
-type_line "/set n 20"
+type_line '/set logit_bias {}'
+type_line "/set n 8"
 ask "Who was it about?"
 type_line "/undo"
 see 'Taken back: Who was it about\? \(6 questions left\)'
@@ -149,7 +172,7 @@ type_line "/undo"
 see 'Taken back: Tell me a very long story.*\(5 questions left\)'
 
 step "an answer is given anew"
-type_line "/set n 30"
+type_line "/set n 16"
 ask "What is the capital of Italy?"
 first=$(last_answer)
 ask "/retry"
@@ -167,6 +190,8 @@ step "the system message"
 type_line "/system Answer in one word."
 type_line "/system"
 see '^Answer in one word\.$'
+type_line "/system @absent.txt"
+see 'absent.txt: cannot read the text'
 
 step "saved, and gone on with"
 type_line "/save $work/first.session"
@@ -180,7 +205,7 @@ see '\(ended with 0\)'
 screen -e >"$screens/first.ansi"
 
 step "taken up in another process, it goes on as it would have"
-start 100 --temp 0 -n 30
+start 100 --temp 0 -n 16
 see '^>'
 type_line "/load $work/first.session"
 see 'Taken up from .*first.session: 6 questions, [0-9]+ tokens'
@@ -190,13 +215,13 @@ keys C-d
 see '\(ended with 0\)'
 
 step "--session keeps it without being asked"
-start 100 --temp 0 -n 20 --session "$work/kept.session"
+start 100 --temp 0 -n 12 --session "$work/kept.session"
 see '^>'
 ask "What is the capital of Norway?"
 keys C-d
 see 'Saved to .*kept.session: 1 question,'
 see '\(ended with 0\)'
-start 100 --temp 0 -n 20 --session "$work/kept.session"
+start 100 --temp 0 -n 12 --session "$work/kept.session"
 see 'Taken up from .*kept.session: 1 question, [0-9]+ tokens in 0\.[0-9] s'
 ask "And of Sweden?"
 # Only what is new was read.
@@ -247,7 +272,7 @@ type_line "/quit"
 see '\(ended with 0\)'
 
 step "Ctrl-C stops the reading of a long question"
-yes 'a long line of words that say nothing at all' | head -150 >"$work/long.txt"
+for _ in $(seq 150); do echo 'a long line of words that say nothing at all'; done >"$work/long.txt"
 start 100 --kernels scalar --threads 1 --temp 0 --file "$work/long.txt"
 see 'reading'
 keys C-c
@@ -264,7 +289,6 @@ for columns in 40 100; do
     start "$columns" --temp 0 --regex "${sheet/\*heading\*/\\*heading\\*}"
     see '^>'
     ask "Write."
-    screen -e >"$screens/markdown-$columns.ansi"
     see '^A heading$'
     see '^• first item$'
     see '^name   │ value$'
@@ -272,8 +296,9 @@ for columns in 40 100; do
     see '^twenty │    20$'
     see '^let answer = 42;$'
     see_not '\*'
-    screen -e | grep -qF "${escape}[1mbold text" || fail "no bold text"
-    screen -e | grep -qF "${escape}[36mlet answer" || fail "code has no colour"
+    screen -e >"$screens/markdown-$columns.ansi"
+    grep -qE "${escape}\[[0-9;]*1mbold text" "$screens/markdown-$columns.ansi" || fail "no bold text"
+    grep -qE "${escape}\[[0-9;]*36mcode" "$screens/markdown-$columns.ansi" || fail "code has no colour"
     [ "$columns" = 100 ] || see '^  forty columns are$|^  columns are$|^  are$'
     type_line "/set markdown off"
     ask "Write."
@@ -283,8 +308,7 @@ for columns in 40 100; do
 done
 
 step "without colours"
-export NO_COLOR=1
-tmux kill-server
+environment=NO_COLOR=1
 start 100 --temp 0 --regex '\*\*bold\*\* and `code`'
 see '^>'
 ask "Write."
@@ -292,14 +316,12 @@ see '^bold and `code`$'
 if screen -e | grep -q "${escape}\[[0-9;]*3[0-7]m"; then fail "there is colour"; fi
 type_line "/quit"
 see '\(ended with 0\)'
-unset NO_COLOR
-tmux kill-server
 
 step "a screen that changes its size, and what is typed meanwhile"
-start 100 --temp 0 -n 200
+start 100 --temp 0 -n 100 --logit-bias 2-inf
 see '^>'
 type_line "Tell me a long story about a ship."
-see '[Ss]hip' 2
+grows
 tmux resize-window -t chat -x 50 -y 20
 type_line "/stats"
 see '^turns +1 question$'
@@ -308,22 +330,25 @@ type_line "/quit"
 see '\(ended with 0\)'
 
 step "a dumb terminal"
-tmux kill-server
-printf -v line '%q ' "$FEWBIT" chat -m "$model" --temp 0 -n 30
-tmux new-session -d -s chat -x 100 -y 30 "TERM=dumb $line 2>$work/errors; echo \"(ended with \$?)\"; exec cat"
+environment=TERM=dumb
+start 100 --temp 0 -n 24
 see '^>'
-type_line "What is the capital of France?"
-see 'Paris'
+type_line "Hello! How are you?"
 type_line "/quit"
 see '\(ended with 0\)'
-if grep -q "$escape" "$work/errors"; then fail "a dumb terminal is steered"; fi
+screen | grep -qF -- "${greeting:0:20}" || fail "another answer than on a terminal"
+screen -e >"$screens/dumb.ansi"
+if grep -q "$escape" "$screens/dumb.ansi"; then fail "a dumb terminal is steered"; fi
+environment=
 
 step "a pipe"
-options=(chat -m "$model" --temp 0 -n 30)
-answer=$(echo "What is the capital of France?" | "$FEWBIT" "${options[@]}" 2>"$work/errors")
-[[ $answer == *Paris* ]] || fail "$answer"
+set -f
+options=(chat -m "$model" --temp 0 -n 24)
+answer=$(echo "Hello! How are you?" | "$FEWBIT" "${options[@]}" 2>"$work/errors")
+# Laid out in other rows, the words are the same.
+[ "$(echo $answer)" = "$(echo $greeting)" ] || fail "another answer than on a terminal: $answer"
 [ ! -s "$work/errors" ] || fail "$(cat "$work/errors")"
-both=$(printf 'What is the capital of France?\n/stats\n/reset\nWhat is the capital of France?\n' | "$FEWBIT" "${options[@]}" 2>/dev/null)
+both=$(printf 'Hello! How are you?\n/stats\n/reset\nHello! How are you?\n' | "$FEWBIT" "${options[@]}" 2>/dev/null)
 [ "$both" = "$answer"$'\n'"$answer" ] || fail "$both"
 
 echo "The chat does what it should; screens are in $screens"

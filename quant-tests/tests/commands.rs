@@ -371,6 +371,80 @@ fn a_chat_in_a_file_goes_on_where_it_was() {
     assert!(session.is_file(), "what was there is still there");
 }
 
+#[cfg(unix)]
+#[test]
+fn a_chat_that_is_killed_has_kept_what_was_answered() {
+    let model = model();
+    let folder = tempfile::TempDir::new().unwrap();
+    let session = folder.path().join("chat.session");
+    let keep = [
+        "-n",
+        "8",
+        "--temp",
+        "0",
+        "--session",
+        session.to_str().unwrap(),
+    ];
+    let mut child = piped(&mut command("chat", Some(&model.path), &keep));
+    let mut input = child.stdin.take().unwrap();
+    input.write_all(b"Hello.\n").unwrap();
+    let waited = std::time::Instant::now();
+    while !session.exists() && waited.elapsed().as_secs() < 60 {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let again = with_input(command("chat", Some(&model.path), &keep), b"/stats\n");
+    success(&again);
+    assert!(
+        text(&again.stderr).contains("1 question"),
+        "{}",
+        text(&again.stderr)
+    );
+}
+
+#[test]
+fn completions_and_man_pages_know_every_command() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let converter =
+        binary().with_file_name(format!("fewbit-convert{}", std::env::consts::EXE_SUFFIX));
+    for (program, name, inner) in [
+        (binary(), "fewbit", "chat"),
+        (converter, "fewbit-convert", "synth"),
+    ] {
+        let generate = |arguments: &[&str]| {
+            let mut command = Command::new(&program);
+            command.arg("generate").args(arguments).output().unwrap()
+        };
+        for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+            let output = generate(&["completions", shell]);
+            let script = success(&output);
+            assert!(script.contains(name) && script.contains(inner), "{shell}");
+        }
+        assert_eq!(generate(&["completions", "csh"]).status.code(), Some(2));
+        let man = folder.path().join(format!("man-{name}"));
+        success(&generate(&["man", man.to_str().unwrap()]));
+        let page = |name: &str| std::fs::read_to_string(man.join(format!("{name}.1"))).unwrap();
+        assert!(
+            page(name).contains(inner) && page(name).starts_with(".ie"),
+            "{}",
+            page(name)
+        );
+        assert!(page(&format!("{name}-{inner}")).contains(".SH OPTIONS"));
+        let left = std::fs::read_dir(&man)
+            .unwrap()
+            .map(|file| file.unwrap().file_name());
+        assert!(
+            left.into_iter()
+                .all(|name| name.to_string_lossy().ends_with(".1"))
+        );
+        std::fs::write(folder.path().join("file"), "").unwrap();
+        let taken = folder.path().join("file/man");
+        let output = generate(&["man", taken.to_str().unwrap()]);
+        assert!(failure(&output).contains("file/man: cannot write"));
+    }
+}
+
 #[test]
 fn wrong_commands_fail_a_piped_chat() {
     let model = model();

@@ -51,7 +51,7 @@ pub struct Args {
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
     /// Keep the conversation in this file, with all that was read and written: taken up from it at once if it is there,
-    /// and saved to it when the conversation ends
+    /// and saved to it when the conversation ends (and after each answer, as long as that takes no time)
     #[arg(long, value_name = "FILE")]
     session: Option<PathBuf>,
     /// When the context is full: drop forgets the oldest turns, never the system message; refuse forgets nothing
@@ -96,6 +96,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         forgiving: at_terminal,
         markdown: !args.no_markdown,
         file: args.session.clone(),
+        keep: args.session.clone(),
         totals: Totals::default(),
     };
     if at_terminal {

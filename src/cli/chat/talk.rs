@@ -27,6 +27,9 @@ use crate::sampler::Constraint;
 /// Fewer tokens than these are read without a bar.
 const SHORT: usize = 128;
 
+/// How long a conversation may take to be kept after each answer.
+const BRIEF: Duration = Duration::from_millis(300);
+
 /// Makes the constraint that each answer begins with.
 pub type Constraints = Box<dyn Fn() -> anyhow::Result<Option<Box<dyn Constraint>>>>;
 
@@ -42,6 +45,8 @@ pub struct Talk {
     pub markdown: bool,
     /// The file of `--session`, or that was saved or loaded last.
     pub file: Option<PathBuf>,
+    /// Where the conversation is kept after each answer, too, as long as that takes no time.
+    pub keep: Option<PathBuf>,
     pub totals: Totals,
 }
 
@@ -83,7 +88,8 @@ impl Talk {
             },
         };
         match done {
-            Err(error) if self.forgiving && error.downcast_ref::<io::Error>().is_none() => {
+            // That nobody sees answers any more ends it.
+            Err(error) if self.forgiving && error.to_string() != STDOUT => {
                 note(format_args!("fewbit: {}", one_line(&error)));
             }
             result => result?,
@@ -159,6 +165,18 @@ impl Talk {
         named.with_context(|| format!("/{command} lacks the name of a file"))
     }
 
+    /// Keeps the conversation, in case that it ends otherwise than by being left. Once that takes too long, no more.
+    fn keep(&mut self) -> anyhow::Result<()> {
+        if let Some(path) = &self.keep {
+            let start = Instant::now();
+            self.conversation.save(path)?;
+            if start.elapsed() > BRIEF {
+                self.keep = None;
+            }
+        }
+        Ok(())
+    }
+
     /// Writes the conversation to its file.
     pub fn save(&self, path: &Path) -> anyhow::Result<()> {
         let start = Instant::now();
@@ -223,7 +241,7 @@ impl Talk {
                     };
                     let line = format!("({turns} forgotten: the context is full)");
                     // In the middle of an answer, too.
-                    let broken = begun.then(|| screen.pause()).unwrap_or(Ok(()));
+                    let broken = if begun { screen.pause() } else { Ok(()) };
                     failed = failed.take().or(broken.err());
                     note(look.faint(&line));
                 }
@@ -266,7 +284,7 @@ impl Talk {
                     screen.finish().context(STDOUT)?;
                 }
                 self.report(&reply, before);
-                Ok(())
+                self.keep()
             }
             Ok(None) => Ok(()),
             Err(error @ Error::Full { .. }) if self.forgiving => Err(anyhow::anyhow!(

@@ -30,24 +30,24 @@ impl Region {
         // Where the cursor is.
         let (mut row, mut column) = (last, self.rows.last().map_or(0, |row| row_width(row)));
         let end = rows.len().saturating_sub(1);
-        for index in first..rows.len() {
+        for (index, new) in rows.iter().enumerate().skip(first) {
             let old = self.rows.get(index);
-            if old == Some(&rows[index]) {
+            if old == Some(new) {
                 continue;
             }
             go_to(out, &mut row, &mut column, index, self.rows.len());
             let old = old.map_or(&[][..], |old| old);
-            let same = old.iter().zip(&rows[index]).take_while(|(a, b)| a == b);
+            let same = old.iter().zip(new).take_while(|(a, b)| a == b);
             let mut same = same.count();
             // A mark that joins the character before it is written with it.
             while same > 0
-                && rows[index]
+                && new
                     .get(same)
                     .is_some_and(|&(c, _)| super::style::width(c) == 0)
             {
                 same -= 1;
             }
-            let (kept, fresh) = rows[index].split_at(same);
+            let (kept, fresh) = new.split_at(same);
             go_to_column(out, &mut column, row_width(kept));
             paint(out, fresh, colour);
             column += row_width(fresh);
