@@ -10,7 +10,7 @@ RUNGS   := Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0
 FEWBIT  := target/release/fewbit
 CONVERT := target/release/fewbit-convert
 
-.PHONY: demo test check build bench ladder bed chat conformance clean bench-against bench-kernels test-arm test-serve
+.PHONY: demo test check build bench ladder bed chat conformance clean bench-against bench-kernels test-arm test-serve test-chat static
 
 ## Converts the small trained Mixtral in the repository, prints its ladder of perplexities in
 ## five languages, and lets it write.
@@ -30,6 +30,10 @@ SECONDS_OF_LOAD ?= 120
 test-serve:
 	quant-tests/serve/run.sh $(SECONDS_OF_LOAD)
 
+## The chat on a terminal, as a person sees it; needs tmux and Python with pip.
+test-chat:
+	quant-tests/chat/run.sh
+
 ## What must be clean before every commit.
 check:
 	$(CARGO) fmt --all --check
@@ -39,6 +43,12 @@ check:
 
 build:
 	$(CARGO) build --release
+
+## Both commands in one file each that needs no library of the system's: for any Linux on x86-64.
+MUSL := x86_64-unknown-linux-musl
+static:
+	rustup target add $(MUSL)
+	$(CARGO) build --release --target $(MUSL)
 
 ## Perplexity and divergence of the fixture's quantizations, five languages side by side.
 ladder: $(RUNGS:%=$(SCRATCH)/tiny-%.gguf) $(SCRATCH)/tiny-F32.gguf

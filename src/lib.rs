@@ -17,6 +17,7 @@
 //! - [`answer`]: the text of these tokens, up to a stop string
 //! - `grammar`: texts that follow a JSON Schema or a grammar (feature `grammar`)
 //! - [`chat`], [`perplexity`], [`bench`](mod@bench): what is built on those two
+//! - [`conversation`]: turns and the session that holds them; kept in files
 //! - `serve`: a server for OpenAI's clients (feature `serve`)
 //! - `pull`: downloads (feature `pull`)
 //! - [`calibrate`]: what the matrices of a model are given, counted into a file for the converter
@@ -31,6 +32,7 @@ pub mod bench;
 pub mod calibrate;
 pub mod chat;
 pub mod cli;
+pub mod conversation;
 pub mod draft;
 pub mod engine;
 pub mod experts;

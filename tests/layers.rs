@@ -17,7 +17,7 @@ const LAYERS: [&[&str]; 13] = [
     &["engine"],
     &["sampler", "draft", "answer"],
     &["generation", "chat", "grammar", "perplexity", "bench"],
-    &["calibrate"],
+    &["calibrate", "conversation"],
     &["serve", "pull"],
     &["cli"],
 ];

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use fewbit::adapter::Chosen;
+use fewbit::cli::generate;
 use fewbit::plan::memory::Memory;
 use fewbit::quant::BlockType;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -38,6 +39,8 @@ struct Cli {
 enum Command {
     Synth(SynthArgs),
     Export(ExportArgs),
+    /// Shell completions and man pages
+    Generate(generate::Args),
 }
 
 /// Quantizes a checkpoint into one GGUF file.
@@ -195,18 +198,12 @@ impl From<DtypeArg> for Dtype {
     }
 }
 
-fn size(text: &str) -> std::result::Result<u64, String> {
-    match text.parse() {
-        Ok(Memory::Bytes(bytes)) => Ok(bytes),
-        _ => Err("must be a size such as 5GB or 800MiB".to_owned()),
-    }
-}
-
 /// Runs the command that the process's arguments name: exit code 0 if it is done, 1 if it failed, 2 on wrong usage.
 pub fn main() -> ExitCode {
     let cli = Cli::parse(); // leaves with code 2 by itself
     ignore_file_size_signal();
     let done = match (&cli.command, &cli.convert) {
+        (Some(Command::Generate(args)), _) => return run_generate(args),
         (Some(Command::Synth(args)), _) => run_synth(args),
         (Some(Command::Export(args)), _) => run_export(args),
         (None, Some(args)) => run_convert(args),
@@ -219,6 +216,19 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn run_generate(args: &generate::Args) -> ExitCode {
+    match generate::run(args, Cli::command()) {
+        // Whoever closed the pipe does not want to read it.
+        Err(generate::Error::Stdout(error)) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        Ok(()) => {}
+        Err(error) => {
+            eprintln!("fewbit-convert: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
 }
 
 fn run_convert(args: &ConvertArgs) -> Result<()> {
@@ -442,9 +452,10 @@ fn progress_bar() -> ProgressBar {
 
 /// A number of bytes.
 fn size(text: &str) -> std::result::Result<u64, String> {
-    let size = text.parse::<Memory>().ok().and_then(Memory::bytes);
-    size.filter(|_| text != "auto")
-        .ok_or_else(|| "must be a size such as 24GiB or 26.4GB".to_owned())
+    match text.parse() {
+        Ok(Memory::Bytes(bytes)) => Ok(bytes),
+        _ => Err("must be a size such as 24GiB or 5GB".to_owned()),
+    }
 }
 
 /// A number of bits a weight.

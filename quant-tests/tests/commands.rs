@@ -285,10 +285,189 @@ fn a_piped_chat_answers_forgets_and_leaves() {
     let answer = success(&once).to_owned();
     assert!(!answer.starts_with(' ') && !answer.trim().is_empty());
     let again = chat("Hello\n/reset\nHello\n/quit\nHello\n");
-    assert_eq!(
-        success(&again),
-        format!("{answer}The conversation starts anew.\n{answer}")
+    assert_eq!(success(&again), answer.repeat(2));
+    assert_eq!(text(&again.stderr), "The conversation starts anew.\n");
+}
+
+#[test]
+fn a_piped_chat_takes_messages_of_several_lines_and_whole_files() {
+    let model = model();
+    let folder = tempfile::TempDir::new().unwrap();
+    let file = folder.path().join("question.txt");
+    std::fs::write(&file, "One.\nTwo.\n").unwrap();
+    let chat = |input: &str, more: &[&str]| {
+        let options = [&["-n", "8", "--temp", "0"], more].concat();
+        let output = with_input(
+            command("chat", Some(&model.path), &options),
+            input.as_bytes(),
+        );
+        success(&output).to_owned()
+    };
+    let answer = chat("One.\\\nTwo.\n", &[]);
+    assert_eq!(chat("\"\"\"\nOne.\nTwo.\n\"\"\"\n", &[]), answer);
+    assert_eq!(chat("", &["--file", file.to_str().unwrap()]), answer);
+    assert_eq!(chat("One.\nTwo.\n", &["--file", "-"]), answer);
+    assert_ne!(chat("One.\nTwo.\n", &[]), answer, "two questions");
+}
+
+#[test]
+fn a_chat_in_a_file_goes_on_where_it_was() {
+    let model = model();
+    let folder = tempfile::TempDir::new().unwrap();
+    let session = folder.path().join("chat.session");
+    let chat = |input: &str, more: &[&str]| {
+        let options = [&["-n", "12", "--temp", "0.9", "--seed", "3"], more].concat();
+        with_input(
+            command("chat", Some(&model.path), &options),
+            input.as_bytes(),
+        )
+    };
+    let keep = ["--session", session.to_str().unwrap()];
+    let whole = chat("The end.\nWhy?\n", &[]);
+    let first = chat("The end.\n", &keep);
+    let second = chat("Why?\n", &["--session", session.to_str().unwrap()]);
+    // The seed is given again, so the second part draws from its beginning.
+    let parts = [success(&first), success(&second)].concat();
+    assert!(success(&whole).starts_with(success(&first)));
+    assert!(
+        text(&second.stderr).contains("Taken up from")
+            && text(&second.stderr).contains("1 question")
     );
+    assert_eq!(parts, success(&whole));
+
+    let stats = with_input(
+        command("chat", Some(&model.path), &keep),
+        b"/stats\n/undo\n/undo\n/undo\n/set\n",
+    );
+    let notes = text(&stats.stderr);
+    assert!(
+        notes.contains("2 questions") && notes.contains("nothing to take back"),
+        "{notes}"
+    );
+    assert!(
+        notes.contains("temperature") && notes.contains("0.9"),
+        "{notes}"
+    );
+    assert!(stats.stdout.is_empty());
+
+    let foreign = fixture::tiny_mixtral("Q4_0");
+    let refused = command("chat", Some(&foreign.path), &keep)
+        .output()
+        .unwrap();
+    assert!(
+        failure(&refused).contains("another model"),
+        "{}",
+        failure(&refused)
+    );
+    let refused = command("chat", Some(&model.path), &keep)
+        .args(["--kv", "q8_0"])
+        .output()
+        .unwrap();
+    assert!(
+        failure(&refused).contains("--kv f16"),
+        "{}",
+        failure(&refused)
+    );
+    assert!(session.is_file(), "what was there is still there");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_chat_that_is_killed_has_kept_what_was_answered() {
+    let model = model();
+    let folder = tempfile::TempDir::new().unwrap();
+    let session = folder.path().join("chat.session");
+    let keep = [
+        "-n",
+        "8",
+        "--temp",
+        "0",
+        "--session",
+        session.to_str().unwrap(),
+    ];
+    let mut child = piped(&mut command("chat", Some(&model.path), &keep));
+    let mut input = child.stdin.take().unwrap();
+    input.write_all(b"Hello.\n").unwrap();
+    let waited = std::time::Instant::now();
+    while !session.exists() && waited.elapsed().as_secs() < 60 {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let again = with_input(command("chat", Some(&model.path), &keep), b"/stats\n");
+    success(&again);
+    assert!(
+        text(&again.stderr).contains("1 question"),
+        "{}",
+        text(&again.stderr)
+    );
+}
+
+#[test]
+fn completions_and_man_pages_know_every_command() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let converter =
+        binary().with_file_name(format!("fewbit-convert{}", std::env::consts::EXE_SUFFIX));
+    for (program, name, inner) in [
+        (binary(), "fewbit", "chat"),
+        (converter, "fewbit-convert", "synth"),
+    ] {
+        let generate = |arguments: &[&str]| {
+            let mut command = Command::new(&program);
+            command.arg("generate").args(arguments).output().unwrap()
+        };
+        for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+            let output = generate(&["completions", shell]);
+            let script = success(&output);
+            assert!(script.contains(name) && script.contains(inner), "{shell}");
+        }
+        assert_eq!(generate(&["completions", "csh"]).status.code(), Some(2));
+        let man = folder.path().join(format!("man-{name}"));
+        success(&generate(&["man", man.to_str().unwrap()]));
+        let page = |name: &str| std::fs::read_to_string(man.join(format!("{name}.1"))).unwrap();
+        assert!(
+            page(name).contains(inner) && page(name).starts_with(".ie"),
+            "{}",
+            page(name)
+        );
+        assert!(page(&format!("{name}-{inner}")).contains(".SH OPTIONS"));
+        let left = std::fs::read_dir(&man)
+            .unwrap()
+            .map(|file| file.unwrap().file_name());
+        assert!(
+            left.into_iter()
+                .all(|name| name.to_string_lossy().ends_with(".1"))
+        );
+        std::fs::write(folder.path().join("file"), "").unwrap();
+        let taken = folder.path().join("file/man");
+        let output = generate(&["man", taken.to_str().unwrap()]);
+        assert!(failure(&output).contains("file/man: cannot write"));
+    }
+}
+
+#[test]
+fn wrong_commands_fail_a_piped_chat() {
+    let model = model();
+    for (input, what) in [
+        ("/hlep\n", "there is no /hlep"),
+        ("/set top_q 1\n", "no setting top_q"),
+        ("/set temp -1\n", "temperature: must be a number, 0 or more"),
+        ("/set overflow never\n", "drop or refuse"),
+        ("/load\n", "lacks the name of a file"),
+        (
+            "/load absent.session\n",
+            "absent.session: cannot read the conversation",
+        ),
+        (
+            "/save no/such/folder/x\n",
+            "no/such/folder/x: cannot write the conversation",
+        ),
+        ("/system @absent.txt\n", "absent.txt"),
+    ] {
+        let output = with_input(command("chat", Some(&model.path), &[]), input.as_bytes());
+        let line = failure(&output);
+        assert!(line.contains(what), "{input}: {line}");
+    }
 }
 
 #[test]
@@ -299,7 +478,7 @@ fn a_turn_that_does_not_fit_fails_a_piped_chat() {
     let output = with_input(command, long.as_bytes());
     let line = failure(&output);
     assert!(
-        line.contains("context of 64") && !line.contains("/reset"),
+        line.contains("the context has 64") && line.contains("--ctx") && !line.contains("/reset"),
         "{line}"
     );
     assert!(output.stdout.is_empty());
@@ -338,24 +517,15 @@ fn ctrl_c_ends_a_piped_chat_that_waits_and_stops_one_that_answers() {
     output.read_exact(&mut [0]).unwrap();
     interrupt(&child);
     input.write_all(b"/reset\n").unwrap();
+    let mut errors = BufReader::new(child.stderr.take().unwrap());
     let mut line = String::new();
-    while !line.contains("starts anew") {
-        line.clear();
-        assert!(
-            output.read_line(&mut line).unwrap() > 0,
-            "the chat has ended"
-        );
-    }
+    errors.read_line(&mut line).unwrap();
+    assert_eq!(line, "The conversation starts anew.\n");
     interrupt(&child);
     let code = child.wait().unwrap().code();
-    let mut errors = String::new();
-    child
-        .stderr
-        .take()
-        .unwrap()
-        .read_to_string(&mut errors)
-        .unwrap();
-    assert_eq!((code, &errors[..]), (Some(130), ""));
+    let mut rest = String::new();
+    errors.read_to_string(&mut rest).unwrap();
+    assert_eq!((code, &rest[..]), (Some(130), ""));
 }
 
 #[test]

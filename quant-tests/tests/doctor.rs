@@ -8,6 +8,7 @@ use fewbit::plan::known::{Known, MODELS};
 use fewbit::plan::{Group, Sizes};
 use fewbit_convert::Options;
 use fewbit_convert::dry_run::DryRun;
+use indicatif::ProgressBar;
 use quant_tests::fixture::{self, binary};
 use serde_json::{Value as Json, json};
 use tempfile::TempDir;
@@ -57,7 +58,7 @@ fn sizes_are_those_that_the_converter_plans() {
         fs::write(folder.path().join("config.json"), config(known).to_string()).unwrap();
         for typed in &known.types {
             let options = Options::new(typed.name.parse().unwrap());
-            let plan = DryRun::new(folder.path(), &options, 4096, None)
+            let plan = DryRun::new(folder.path(), &options, 4096, None, &ProgressBar::hidden())
                 .unwrap()
                 .json();
             let sum = |groups: &[Group]| -> u64 {

@@ -76,7 +76,7 @@ impl FromStr for Chosen {
     fn from_str(text: &str) -> Result<Self, Infallible> {
         let scaled = text.rsplit_once(':').and_then(|(path, scale)| {
             let scale: f32 = scale.parse().ok()?;
-            (scale.is_finite() && !path.is_empty()).then(|| (path, scale))
+            (scale.is_finite() && !path.is_empty()).then_some((path, scale))
         });
         let (path, scale) = scaled.unwrap_or((text, 1.0));
         Ok(Self {

@@ -1,28 +1,30 @@
 //! `fewbit chat`: a conversation in the terminal.
 
+mod command;
 mod input;
 mod interrupt;
+mod look;
+mod markdown;
+mod screen;
+mod talk;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::Context;
+use clap::ValueEnum;
 
-use super::common::{
-    CacheUse, ModelArgs, STDOUT, at_least, context_of, file_stem, note, speed, style,
-};
-use super::one_line;
+use super::common::{ModelArgs, at_least, context_of, file_stem, note, read_text, style, utf8};
 use super::sampling::SamplingArgs;
-use crate::answer::Answer;
-use crate::chat::{Message, Style, Template};
-use crate::engine::{self, Engine, Session};
-use crate::experts::Cache;
-use crate::generation::Generation;
-use crate::plan::PROMPT_BATCH;
-use crate::sampler::Sampler;
+use crate::chat::{Style, Template};
+use crate::conversation::{self, Conversation};
+use crate::engine::Engine;
+use crate::sampler::Settings;
 use input::Input;
 use interrupt::Interrupt;
+use look::Look;
+use talk::{Constraints, Talk, Totals, text_or_file};
 
 /// Options of `fewbit chat`.
 #[derive(clap::Args)]
@@ -42,206 +44,147 @@ pub struct Args {
         value_parser = at_least(0)
     )]
     n: Option<usize>,
-    /// System message at the head of the conversation
+    /// System message at the head of the conversation; @FILE takes it from a file
     #[arg(long, visible_alias = "system-prompt", value_name = "TEXT")]
     system: Option<String>,
+    /// The first message is what this file holds, all of it, and is answered at once; - for standard input
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Keep the conversation in this file, with all that was read and written: taken up from it at once if it is there,
+    /// and saved to it when the conversation ends (and after each answer, as long as that takes no time)
+    #[arg(long, value_name = "FILE")]
+    session: Option<PathBuf>,
+    /// When the context is full: drop forgets the oldest turns, never the system message; refuse forgets nothing
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = Overflow::Drop)]
+    overflow: Overflow,
+    /// End an answer before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Show answers as they are written, not as the Markdown that they are
+    #[arg(long)]
+    no_markdown: bool,
     /// Chat template by name, instead of the file's own
     #[arg(long, visible_alias = "chat-template", value_name = "NAME", value_parser = style)]
     template: Option<Style>,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[cfg(feature = "grammar")]
+    #[command(flatten)]
+    shape: super::shape::ShapeArgs,
 }
 
-const HELP: &str = "\
-/reset   forget the conversation
-/quit    leave (Ctrl-D too)
-/help    this list
-Ctrl-C   stops an answer";
+/// See [`conversation::Overflow`].
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Overflow {
+    Drop,
+    Refuse,
+}
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let system = args.system.as_deref().map(text_or_file).transpose()?;
+    let first = args.file.as_deref().map(whole_file).transpose()?;
     let engine = args.model.load(args.ctx)?;
-    let mut input = Input::new()?;
+    let look = Look::of_environment();
+    let mut input = Input::new(&look)?;
     let at_terminal = input.is_terminal();
-    let interrupt = Interrupt::install(!at_terminal)?;
-    let mut chat = Chat::new(&args, &engine, interrupt)?;
+    let mut talk = Talk {
+        conversation: conversation(&args, &engine)?,
+        constraints: constraints(&args, &engine)?,
+        interrupt: Interrupt::install(!at_terminal)?,
+        look,
+        forgiving: at_terminal,
+        markdown: !args.no_markdown,
+        file: args.session.clone(),
+        keep: args.session.clone(),
+        totals: Totals::default(),
+    };
     if at_terminal {
         let name = file_stem(args.model.path());
-        let template = chat.template.name();
-        say(&format!(
+        let template = talk.conversation.template().name();
+        note(format_args!(
             "{name}: {template} template. /help lists what can be typed."
-        ))?;
+        ));
     }
-    while let Some(line) = input.read()? {
-        match line.trim() {
-            "" => {}
-            "/quit" | "/exit" => break,
-            "/reset" => {
-                chat.reset();
-                say("The conversation starts anew.")?;
-            }
-            "/help" => say(HELP)?,
-            command if command.starts_with('/') && !command.contains(char::is_whitespace) => {
-                say(&format!(
-                    "There is no {command}; /help lists what there is."
-                ))?;
-            }
-            text => match chat.answer(text) {
-                // A person can go on from here; a script must know.
-                Err(error) if at_terminal && error.downcast_ref::<io::Error>().is_none() => {
-                    let full = matches!(
-                        error.downcast_ref(),
-                        Some(engine::Error::ContextFull { .. })
-                    );
-                    let advice = if full { "; /reset starts anew" } else { "" };
-                    note(format_args!("fewbit: {}{advice}", one_line(&error)));
-                }
-                result => result?,
-            },
-        }
+    if let Some(path) = args.session.as_deref().filter(|path| path.exists()) {
+        talk.load(path)?;
+        // What is asked for now counts more than what was then.
+        let settings = talk
+            .conversation
+            .settings()
+            .with(&args.sampling.changes())?;
+        let seed = args.sampling.seed().unwrap_or(settings.seed);
+        talk.conversation.change(Settings { seed, ..settings });
     }
-    Ok(())
+    if system.is_some() {
+        talk.conversation.set_system(system);
+    }
+    let went = match first {
+        Some(first) => talk.ask(first),
+        None => Ok(()),
+    };
+    let went = went.and_then(|()| talk.go_on(&mut input));
+    // Whatever ended it.
+    let saved = args
+        .session
+        .as_deref()
+        .map_or(Ok(()), |path| talk.save(path));
+    went.and(saved)
 }
 
-/// Prints a line of the program's own.
-fn say(line: &str) -> anyhow::Result<()> {
-    writeln!(io::stdout(), "{line}").context(STDOUT)
+/// The text in a file, or on standard input. A line's end belongs to the file, not to the message.
+fn whole_file(path: &Path) -> anyhow::Result<String> {
+    let text = match path.to_str() {
+        Some("-") => {
+            let mut bytes = Vec::new();
+            let read = std::io::stdin().lock().read_to_end(&mut bytes);
+            read.context("standard input: cannot read the first message")?;
+            utf8(bytes, "standard input")?
+        }
+        _ => read_text(path)?,
+    };
+    let text = text.trim_end();
+    anyhow::ensure!(
+        !text.is_empty(),
+        "{}: there is no text in it",
+        path.display()
+    );
+    Ok(text.to_owned())
 }
 
-/// A conversation and the session that holds it.
-struct Chat {
-    session: Session,
-    sampler: Sampler,
-    template: Template,
-    /// What the template writes between a prompt and its answer.
-    lead: String,
-    /// The system message, if any, then turns of user and assistant.
-    messages: Vec<Message>,
-    /// How many messages a reset keeps.
-    kept: usize,
-    limit: usize,
-    /// Tokens guessed ahead at most.
-    drafts: usize,
-    interrupt: Interrupt,
+fn conversation(args: &Args, engine: &Arc<Engine>) -> anyhow::Result<Conversation> {
+    let tokenizer = engine.tokenizer();
+    let template = match args.template {
+        None => Template::from_metadata(&engine.gguf().metadata, tokenizer)?,
+        Some(style) => Template::from_style(style, tokenizer),
+    };
+    let session = engine.session(context_of(engine, args.ctx))?;
+    let options = conversation::Options {
+        limit: args.n.unwrap_or(usize::MAX),
+        drafts: args.sampling.drafts(),
+        stops: args.stop.clone(),
+        overflow: match args.overflow {
+            Overflow::Drop => conversation::Overflow::Drop,
+            Overflow::Refuse => conversation::Overflow::Refuse,
+        },
+    };
+    let settings = args.sampling.settings();
+    Ok(Conversation::new(session, template, settings, options))
 }
 
-impl Chat {
-    fn new(args: &Args, engine: &Arc<Engine>, interrupt: Interrupt) -> anyhow::Result<Self> {
-        let tokenizer = engine.tokenizer();
-        let template = match args.template {
-            None => Template::from_metadata(&engine.gguf().metadata, tokenizer)?,
-            Some(style) => Template::from_style(style, tokenizer),
-        };
-        let messages: Vec<_> = args.system.iter().map(Message::system).collect();
-        Ok(Self {
-            session: engine.session(context_of(engine, args.ctx))?,
-            sampler: Sampler::new(args.sampling.settings()).with_vocabulary(tokenizer),
-            lead: template.lead(),
-            template,
-            kept: messages.len(),
-            messages,
-            limit: args.n.unwrap_or(usize::MAX),
-            drafts: args.sampling.drafts(),
-            interrupt,
-        })
-    }
+#[cfg(feature = "grammar")]
+fn constraints(args: &Args, engine: &Arc<Engine>) -> anyhow::Result<Constraints> {
+    use crate::grammar::Grammars;
+    let Some(grammar) = args.shape.grammar()? else {
+        return Ok(Box::new(|| Ok(None)));
+    };
+    let grammars = Grammars::new(engine.tokenizer())?;
+    // A wrong grammar shows now.
+    grammars.constraint(&grammar)?;
+    Ok(Box::new(move || Ok(Some(grammars.constraint(&grammar)?))))
+}
 
-    fn reset(&mut self) {
-        self.messages.truncate(self.kept);
-    }
-
-    /// Answers `text`, printing as tokens come. A turn that does not fit, or that is stopped
-    /// before it was read, is taken back.
-    fn answer(&mut self, text: &str) -> anyhow::Result<()> {
-        self.messages.push(Message::user(text));
-        self.interrupt.start();
-        let answer = self.generate();
-        self.interrupt.end();
-        match answer {
-            Ok(Some(answer)) => self.messages.push(Message::assistant(answer)),
-            Ok(None) => {
-                self.messages.pop();
-                note("(stopped; the message is taken back)");
-            }
-            Err(error) => {
-                self.messages.pop();
-                return Err(error);
-            }
-        }
-        Ok(())
-    }
-
-    /// The answer to the messages; `None` if it was stopped before they were read.
-    fn generate(&mut self) -> anyhow::Result<Option<String>> {
-        let engine = Arc::clone(self.session.engine());
-        let tokenizer = engine.tokenizer();
-        let prompt = self.template.prompt_ids(tokenizer, &self.messages)?;
-        let Some(read) = self.feed_rest(&prompt)? else {
-            return Ok(None);
-        };
-
-        let room = self.session.capacity() - prompt.len();
-        let mut out = io::stdout().lock();
-        let mut text = Answer::to(&prompt, &self.lead, tokenizer);
-        let before = engine.expert_cache().map(Cache::counters);
-        let fed_before = self.session.tokens().len();
-        let mut answer = String::new();
-        let mut written = 0;
-        let start = Instant::now();
-        let limit = self.limit.min(room);
-        let generation = Generation::new(&mut self.session, &mut self.sampler, limit);
-        for token in generation.with_drafts(self.drafts) {
-            let piece = text.push(token?);
-            written += 1;
-            out.write_all(piece.as_bytes())
-                .and_then(|()| out.flush())
-                .context(STDOUT)?;
-            answer.push_str(&piece);
-            if self.interrupt.wanted() {
-                break;
-            }
-        }
-        let speed = speed(self.session.tokens().len() - prompt.len(), start.elapsed());
-        let tail = text.finish();
-        answer.push_str(&tail);
-        writeln!(out, "{tail}").context(STDOUT)?;
-        let full = written == room;
-        if io::stderr().is_terminal() {
-            let used = self.session.tokens().len();
-            let capacity = self.session.capacity();
-            let speed = speed.map_or(String::new(), |speed| format!(", {speed:.1} tok/s"));
-            let full = if full { " (full: /reset)" } else { "" };
-            let cache = CacheUse::since(&engine, before, used - fed_before);
-            let cache = cache.map_or(String::new(), |cache| format!("; {cache}"));
-            note(format_args!(
-                "\x1b[2m[{read} tokens read, {written} written{speed}{cache}; context {used} of {capacity}{full}]\x1b[0m"
-            ));
-        } else if full {
-            note("fewbit: the answer is cut: the context is full; raise --ctx");
-        }
-        Ok(Some(answer))
-    }
-
-    /// Brings the session to hold exactly `prompt`, feeding only what differs from what it
-    /// holds; returns how many tokens were fed, `None` if it was stopped.
-    fn feed_rest(&mut self, prompt: &[u32]) -> anyhow::Result<Option<usize>> {
-        let capacity = self.session.capacity();
-        if prompt.len() > capacity {
-            // Before any part of it is computed.
-            let wanted = prompt.len();
-            return Err(engine::Error::ContextFull { wanted, capacity }.into());
-        }
-        let held = self.session.tokens().iter();
-        let common = held.zip(prompt).take_while(|(a, b)| a == b).count();
-        // The last token is always fed: its logits are needed.
-        let kept = common.min(prompt.len().saturating_sub(1));
-        self.session.rewind(kept);
-        for part in prompt[kept..].chunks(PROMPT_BATCH) {
-            if self.interrupt.wanted() {
-                return Ok(None);
-            }
-            self.session.feed(part)?;
-        }
-        Ok((!self.interrupt.wanted()).then_some(prompt.len() - kept))
-    }
+#[cfg(not(feature = "grammar"))]
+fn constraints(_: &Args, _: &Arc<Engine>) -> anyhow::Result<Constraints> {
+    Ok(Box::new(|| Ok(None)))
 }

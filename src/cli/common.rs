@@ -20,9 +20,9 @@ use crate::gguf::{self, Gguf};
 use crate::kernels::Kernels;
 use crate::model::{KvKind, Routing};
 use crate::perplexity::{Chunks, Estimate};
-use crate::plan::{Shape, Size};
 use crate::plan::fit::usual_context;
 use crate::plan::memory::{Memory, in_kib, share_out};
+use crate::plan::{Shape, Size};
 use crate::quant::BlockType;
 use crate::store::{self, Entry};
 use crate::tensor::{fault, warm};
@@ -539,7 +539,7 @@ fn file_type_name(id: u32) -> Option<&'static str> {
 }
 
 /// Reads a text file whole.
-fn read_text(path: &Path) -> anyhow::Result<String> {
+pub fn read_text(path: &Path) -> anyhow::Result<String> {
     let bytes =
         std::fs::read(path).with_context(|| format!("{}: cannot read the text", path.display()))?;
     utf8(bytes, path.display())

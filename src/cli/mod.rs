@@ -6,6 +6,7 @@ mod chat;
 mod common;
 mod doctor;
 mod experts;
+pub mod generate;
 mod inspect;
 mod ladder;
 mod list;
@@ -25,7 +26,7 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use common::{Usage, model_file, note};
 
@@ -79,6 +80,8 @@ enum Command {
     Bench(bench::Args),
     /// What this machine has, and what would run on it how fast
     Doctor(doctor::Args),
+    /// Shell completions and man pages
+    Generate(generate::Args),
 }
 
 /// Runs the command that the process's arguments name. Exit codes: 0 done (a reader that hangs
@@ -116,6 +119,7 @@ fn run(mut command: Command) -> anyhow::Result<()> {
         Command::Experts(args) => experts::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Generate(args) => generate::run(&args, Cli::command()).map_err(Into::into),
     }
 }
 
@@ -139,7 +143,7 @@ impl Command {
             Self::Doctor(args) => args.model.iter_mut().collect(),
             #[cfg(feature = "pull")]
             Self::Pull(_) => Vec::new(),
-            Self::List(_) | Self::Rm(_) | Self::Experts(_) => Vec::new(),
+            Self::List(_) | Self::Rm(_) | Self::Experts(_) | Self::Generate(_) => Vec::new(),
         }
     }
 }

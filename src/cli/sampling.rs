@@ -2,6 +2,8 @@
 
 use std::fmt::Display;
 
+use serde_json::{Map, Value};
+
 use crate::sampler::{Settings, Step, rule};
 
 /// How tokens are chosen.
@@ -142,6 +144,23 @@ impl SamplingArgs {
     /// Tokens to guess ahead at most.
     pub fn drafts(&self) -> usize {
         self.draft
+    }
+
+    /// The seed, if one is asked for.
+    pub fn seed(&self) -> Option<u64> {
+        self.seed
+    }
+
+    /// What is asked for that is not the default.
+    pub fn changes(&self) -> Map<String, Value> {
+        let fields = |settings: &Settings| match serde_json::to_value(settings) {
+            Ok(Value::Object(fields)) => fields,
+            _ => Map::new(),
+        };
+        let usual = fields(&Settings::default());
+        let mut changes = fields(&self.settings());
+        changes.retain(|name, value| usual.get(name) != Some(value));
+        changes
     }
 
     /// The sampler's settings.

@@ -30,7 +30,14 @@ pub struct ShapeArgs {
 impl ShapeArgs {
     /// The constraint on a text, if one is asked for.
     pub fn constraint(&self, tokenizer: &Tokenizer) -> anyhow::Result<Option<Box<dyn Constraint>>> {
-        let grammar = match self {
+        let grammar = self.grammar()?;
+        let constraint = |grammar| Grammars::new(tokenizer)?.constraint(&grammar);
+        Ok(grammar.map(constraint).transpose()?)
+    }
+
+    /// The grammar that texts are to follow, if one is asked for.
+    pub fn grammar(&self) -> anyhow::Result<Option<Grammar>> {
+        Ok(Some(match self {
             Self {
                 json_schema: Some(schema),
                 ..
@@ -54,7 +61,6 @@ impl ShapeArgs {
                 Grammar::text(&text.with_context(problem)?)
             }
             _ => return Ok(None),
-        };
-        Ok(Some(Grammars::new(tokenizer)?.constraint(&grammar)?))
+        }))
     }
 }

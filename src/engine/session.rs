@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{Engine, Error, Turn};
 use crate::kernels::Phase;
-use crate::model::{KvCache, Slot, hidden_states};
+use crate::model::{KvCache, KvKind, Slot, hidden_states};
 
 /// One timeline: the tokens so far, their keys and values, and the logits of the last ones.
 pub struct Session {
@@ -216,6 +216,45 @@ impl Session {
         self.logits.clear();
         self.tokens.clear();
         self.tokens.extend_from_slice(&other.tokens[..len]);
+    }
+
+    /// Bytes of the keys and values of so many tokens; `None` where that is beyond counting.
+    pub fn kv_bytes(&self, tokens: usize) -> Option<u64> {
+        self.cache.bytes_of(tokens)
+    }
+
+    /// How keys and values are kept.
+    pub fn kv_kind(&self) -> KvKind {
+        self.cache.kind()
+    }
+
+    /// The keys and values of the tokens, `[layer][kv_head][keys, values]`: a slice each, as
+    /// [`restore`](Self::restore) takes them.
+    pub fn keys_and_values(&self) -> impl Iterator<Item = &[u8]> {
+        self.cache.planes()
+    }
+
+    /// Forgets everything and takes over `tokens`, whose keys and values `fill` provides slice by slice. There are no
+    /// logits until the next [`feed`](Self::feed).
+    ///
+    /// # Errors
+    /// Those of `fill`, and of [`feed`](Self::feed) where the tokens cannot be held: the session is then empty.
+    pub fn restore<E: From<Error>>(
+        &mut self,
+        tokens: Vec<u32>,
+        mut fill: impl FnMut(&mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.rewind(0);
+        if tokens.is_empty() {
+            return Ok(());
+        }
+        self.check(&tokens)?;
+        self.cache
+            .planes_mut(tokens.len())
+            .try_for_each(&mut fill)?;
+        self.cache.len = tokens.len();
+        self.tokens = tokens;
+        Ok(())
     }
 
     /// Forgets all but the first `len` tokens. The logits after the last of those are kept where

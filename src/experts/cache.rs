@@ -754,7 +754,7 @@ mod tests {
         std::fs::write(&path, vec![1; 64 * 8192]).unwrap();
         let (layers, mut slots) = experts(2, 4);
         slots.classes[0].slots = 3;
-        let files = Files::of(path);
+        let files = Files::buffered(path);
         let cache = Cache::new(files, layers, &slots, Kind::default()).unwrap();
         let visit = |layer: usize, active: &[usize]| {
             let mut visit = cache.visit(layer, active);

@@ -15,6 +15,7 @@
 //! ```
 
 mod error;
+mod fingerprint;
 mod metadata;
 pub mod names;
 mod read;

@@ -133,6 +133,31 @@ impl KvCache {
         self.len = tokens;
     }
 
+    /// Bytes of the keys and values of so many positions; `None` where that is beyond counting.
+    pub fn bytes_of(&self, tokens: usize) -> Option<u64> {
+        let planes = self.map.len() / (self.capacity * self.row).max(1);
+        (planes as u64)
+            .checked_mul(self.row as u64)?
+            .checked_mul(tokens as u64)
+    }
+
+    /// The keys and values in use, `[layer][kv_head][keys, values]`: a slice each, `[len][row]`.
+    pub fn planes(&self) -> impl Iterator<Item = &[u8]> {
+        let planes = self.map.chunks_exact((self.capacity * self.row).max(1));
+        planes.map(|plane| &plane[..self.len * self.row])
+    }
+
+    /// The same to be filled, for `tokens` positions. They are in use when [`len`](Self::len) says so.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub fn planes_mut(&mut self, tokens: usize) -> impl Iterator<Item = &mut [u8]> {
+        assert!(tokens <= self.capacity);
+        let used = tokens * self.row;
+        let planes = (self.map).chunks_exact_mut((self.capacity * self.row).max(1));
+        planes.map(move |plane| &mut plane[..used])
+    }
+
     /// Stores keys and values (`[tokens][kv_heads · head_dim]`) of the tokens from `position` on; keys are
     /// rotated by `turns [tokens][pairs]` first.
     #[allow(clippy::too_many_arguments)] // where, how, and what

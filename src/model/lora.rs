@@ -7,6 +7,7 @@ use crate::gguf::names;
 use crate::kernels::low_rank::LowRank;
 
 /// The corrections of all adapters of a model, summed up by matrix.
+#[derive(Clone)]
 pub struct Lora {
     /// One entry a layer.
     pub(super) layers: Vec<LayerLora>,
@@ -15,6 +16,7 @@ pub struct Lora {
 }
 
 /// The corrections of a layer's matrices.
+#[derive(Clone)]
 pub(super) struct LayerLora {
     pub(super) q: Option<LowRank>,
     pub(super) k: Option<LowRank>,

@@ -109,6 +109,7 @@ impl Model {
             config: self.config.clone(),
             weights,
             routing: self.routing,
+            lora: self.lora.clone(),
             rope: self.rope.clone(),
         }))
     }

@@ -12,6 +12,7 @@ use std::collections::HashSet;
 
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
+use serde::{Deserialize, Serialize};
 
 pub use settings::{Error, Settings, Step, rule};
 
@@ -26,6 +27,15 @@ pub trait Constraint: Send {
 
     /// The token that was chosen.
     fn accept(&mut self, token: u32);
+}
+
+/// How far a sampler has come in its seed's sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Position {
+    /// Words of 32 bits that were drawn.
+    word: u64,
+    /// Where Mirostat cuts.
+    mu: f32,
 }
 
 /// Draws tokens; the same settings and logits give the same tokens.
@@ -72,8 +82,48 @@ impl Sampler {
 
     /// The same under a constraint.
     pub fn with_constraint(mut self, constraint: Option<Box<dyn Constraint>>) -> Self {
-        self.constraint = constraint;
+        self.constrain(constraint);
         self
+    }
+
+    /// From now on, another constraint or none.
+    pub fn constrain(&mut self, constraint: Option<Box<dyn Constraint>>) {
+        self.constraint = constraint;
+    }
+
+    /// How it chooses.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// From now on it chooses otherwise, and draws on from where it is unless the seed is another.
+    pub fn change(&mut self, settings: Settings, tokenizer: &Tokenizer) {
+        let constraint = self.constraint.take();
+        let position = (settings.seed == self.settings.seed).then(|| Position {
+            mu: match settings.mirostat_tau == self.settings.mirostat_tau {
+                true => self.mu,
+                false => 2.0 * settings.mirostat_tau,
+            },
+            ..self.position()
+        });
+        *self = Self::new(settings)
+            .with_vocabulary(tokenizer)
+            .with_constraint(constraint);
+        if let Some(position) = position {
+            self.go_to(position);
+        }
+    }
+
+    /// How far it has come.
+    pub fn position(&self) -> Position {
+        let word = self.rng.get_word_pos() as u64;
+        Position { word, mu: self.mu }
+    }
+
+    /// Goes on where a sampler of the same settings was.
+    pub fn go_to(&mut self, position: Position) {
+        self.rng.set_word_pos(position.word.into());
+        self.mu = position.mu;
     }
 
     /// Chooses the next token from `logits` (one a vocabulary entry, not empty), `history`

@@ -345,3 +345,31 @@ fn a_constraint_rules_out() {
         assert_eq!(sampler.sample(&logits(&FOUR), &[]), 3);
     }
 }
+
+#[test]
+fn a_sampler_goes_on_where_another_was() {
+    let settings = Settings {
+        seed: 9,
+        mirostat: 2,
+        ..plain()
+    };
+    let logits = logits(&[0.4, 0.3, 0.2, 0.1]);
+    let mut sampler = Sampler::new(settings.clone());
+    // Through several of the generator's blocks.
+    for drawn in 0..100 {
+        let mut other = Sampler::new(settings.clone());
+        other.go_to(sampler.position());
+        let mut ahead = Sampler::new(settings.clone());
+        for _ in 0..drawn {
+            ahead.sample(&logits, &[]);
+        }
+        for _ in 0..5 {
+            assert_eq!(
+                other.sample(&logits, &[]),
+                ahead.sample(&logits, &[]),
+                "{drawn}"
+            );
+        }
+        sampler.sample(&logits, &[]);
+    }
+}

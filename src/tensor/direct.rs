@@ -296,7 +296,7 @@ fn forget(_: &File, _: Piece) {}
 #[cfg(test)]
 impl Files {
     /// One file, through the page cache.
-    pub(crate) fn of(path: PathBuf) -> Self {
+    pub(crate) fn buffered(path: PathBuf) -> Self {
         let file = File::open(&path).expect("the test has made it");
         Self {
             files: vec![(path, file)],
@@ -307,7 +307,7 @@ impl Files {
     /// One file whose disk fails wherever it is read.
     pub(crate) fn failing() -> Self {
         // Nothing is mapped at low addresses, which reads answer with EIO.
-        Self::of(PathBuf::from("/proc/self/mem"))
+        Self::buffered(PathBuf::from("/proc/self/mem"))
     }
 }
 
