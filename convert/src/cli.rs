@@ -16,6 +16,7 @@ use serde_json::json;
 use crate::dry_run::DryRun;
 use crate::error::{Error, Result};
 use crate::fit::{self, Target, tensor_type};
+use crate::imatrix::Thin;
 use crate::journal::with_suffix;
 use crate::pipeline::{Options, Report, convert};
 use crate::recipe::Mix;
@@ -58,8 +59,8 @@ struct ConvertArgs {
     /// Importance matrix (GGUF or legacy) that guides the encoding
     #[arg(long, value_name = "FILE")]
     imatrix: Option<PathBuf>,
-    /// How weights are rounded: ggml (as llama-quantize, bit for bit), best (scales and levels refitted together,
-    /// by the imatrix), gptq (the same with error feedback, by the moments of `fewbit calibrate --moments`)
+    /// How weights are rounded: ggml (as llama-quantize, bit for bit), best (scales, minima and levels
+    /// refitted together by the imatrix, in types with minima), gptq (the same with error feedback, by the moments of `fewbit calibrate --moments`)
     #[arg(long, value_name = "HOW", default_value_t = Round::Ggml)]
     round: Round,
     /// Another block type for the matrices with a name that matches; the first that matches counts
@@ -259,9 +260,19 @@ fn summary(report: &Report) -> String {
             report.plan.unweighed
         ));
     }
-    for (tensor, expert, tokens) in &report.thin {
+    for thin in &report.thin {
+        let Thin {
+            tensor,
+            expert,
+            tokens,
+            by_average,
+        } = thin;
+        let instead = match by_average {
+            true => "leans on its layer's average",
+            false => "nor did any of its layer: its columns count alike",
+        };
         lines.push(format!(
-            "{tensor}: expert {expert} saw {tokens} tokens and leans on its layer's average"
+            "{tensor}: expert {expert} saw {tokens} tokens, {instead}"
         ));
     }
     if report.tensors_kept > 0 {
@@ -300,7 +311,7 @@ fn as_json(report: &Report) -> String {
     let leaning: Vec<_> = report
         .thin
         .iter()
-        .map(|(tensor, expert, tokens)| json!({"tensor": tensor, "expert": expert, "tokens": tokens}))
+        .map(|t| json!({"tensor": t.tensor, "expert": t.expert, "tokens": t.tokens, "by_average": t.by_average}))
         .collect();
     let mut figures = json!({
         "file": report.path.display().to_string(),
