@@ -152,10 +152,7 @@ impl<'a> Inner<'a> {
         x: &Activations,
     ) -> Option<Self> {
         let longest = |part: fn(&Expert<Option<LowRank>>) -> &Option<LowRank>| {
-            let ranks = experts
-                .iter()
-                .flat_map(|expert| part(expert))
-                .map(|low| low.rank);
+            let ranks = experts.iter().flat_map(part).map(|low| low.rank);
             ranks.max().unwrap_or(0)
         };
         let (gate, up) = (longest(|expert| &expert.gate), longest(|expert| &expert.up));

@@ -275,7 +275,7 @@ fn checkpoint<'a>(source: &HubSource, files: &'a [Listed]) -> Result<Vec<&'a Lis
     // Mistral's own layout lies beside Hugging Face's in some repositories: one of the two is enough.
     let both = top
         .iter()
-        .any(|file| is_weights(&file) && !is_mistrals(&file));
+        .any(|file| is_weights(file) && !is_mistrals(file));
     let is_part = |file: &&Listed| {
         let small = [".json", ".model", ".jinja", ".txt"]
             .iter()
@@ -283,7 +283,7 @@ fn checkpoint<'a>(source: &HubSource, files: &'a [Listed]) -> Result<Vec<&'a Lis
         (small || is_weights(file)) && !(both && is_mistrals(file))
     };
     let chosen: Vec<&Listed> = top.iter().copied().filter(is_part).collect();
-    match chosen.iter().any(|file| is_weights(&file)) {
+    match chosen.iter().any(is_weights) {
         true => Ok(chosen),
         false => Err(Error::Missing {
             repository: source.repository.clone(),
