@@ -132,11 +132,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "type": file_type(engine.gguf()),
             "threads": engine.pool().threads(),
             "kernels": engine.kernels(),
-            "limits": {"read_gb_s": limits.read_gb_s, "int8_gop_s": limits.int8_gop_s, "disk_gb_s": disk.map(|disk| disk / 1e9)},
+            "limits": {"read_gb_s": limits.read_gb_s, "int8_gop_s": limits.int8_gop_s},
             "results": results,
             "peak_rss_bytes": peak_rss,
             "own_rss_bytes": own_rss,
         });
+        if let Some(disk) = disk {
+            object["limits"]["disk_gb_s"] = json!(disk / 1e9);
+        }
         if let Some(first_token) = first_token {
             object["first_token"] = first_token.to_json();
         }
@@ -403,7 +406,7 @@ impl Row {
     }
 
     fn to_json(&self) -> serde_json::Value {
-        json!({
+        let mut object = json!({
             "test": self.test,
             "tok_s": self.tok_s,
             "tok_s_min": self.range.0,
@@ -411,8 +414,11 @@ impl Row {
             "gb_s": self.gb_s,
             "gop_s": self.gop_s,
             "share_of_limit": self.share,
-            "expert_cache": self.streamed.as_ref().map(streamed::Row::to_json),
-        })
+        });
+        if let Some(streamed) = &self.streamed {
+            object["expert_cache"] = streamed.to_json();
+        }
+        object
     }
 
     fn against_json(&self) -> Option<serde_json::Value> {

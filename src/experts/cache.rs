@@ -289,7 +289,10 @@ impl Cache {
             certain,
         });
         table.expected = expected.collect();
-        self.shared.give_up(&mut table, |_| false);
+        // What the visit that has begun needs of what is on its way, it has not claimed yet.
+        let visited = table.visited;
+        self.shared
+            .give_up(&mut table, |(layer, _)| layer == visited);
         // Readers that are idle begin at once.
         self.shared.to_read.notify_all();
     }
