@@ -10,6 +10,8 @@ mod walk;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use sha2::{Digest, Sha256};
+
 use crate::adapter::{self, Adapter, Chosen};
 use crate::experts::trace::{Head, Trace};
 use crate::experts::{Cache, policy};
@@ -298,6 +300,8 @@ pub struct Engine {
     gguf: Gguf,
     model: Model,
     tokenizer: Tokenizer,
+    /// The files of each adapter, and how strong it is.
+    adapter_files: Vec<(Vec<PathBuf>, f32)>,
     kernels: Kernels,
     pool: Pool,
     /// Tokens that go through the model in one pass.
@@ -336,6 +340,9 @@ impl Engine {
         let adapter = |chosen: &Chosen| Ok((Adapter::open(&chosen.path, &shape)?, chosen.scale));
         let adapters: Result<Vec<_>, Error> = options.lora.iter().map(adapter).collect();
         let adapters = adapters?;
+        let adapter_files = (adapters.iter())
+            .map(|(adapter, scale)| (adapter.files.clone(), *scale))
+            .collect();
         let adapter_bytes = adapters.iter().map(|(adapter, _)| adapter.bytes()).sum();
         let fit = fit(&gguf, &shape, kv, adapter_bytes, options)?;
         let placement = match fit.as_ref().and_then(|fit| fit.slots.as_ref()) {
@@ -380,6 +387,7 @@ impl Engine {
             gguf,
             model,
             tokenizer,
+            adapter_files,
             kernels,
             pool,
             batch,
@@ -408,6 +416,27 @@ impl Engine {
     /// Metadata and tensor table of the file.
     pub fn gguf(&self) -> &Gguf {
         &self.gguf
+    }
+
+    /// A hash (SHA-256) of what keys and values of a session are computed with: the model's file, told as
+    /// [`Gguf::fingerprint`] does, and the adapters that correct it, their files whole.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn fingerprint(&self) -> std::io::Result<[u8; 32]> {
+        let model = self.gguf.fingerprint()?;
+        if self.adapter_files.is_empty() {
+            return Ok(model);
+        }
+        let mut hash = Sha256::new();
+        hash.update(model);
+        for (files, scale) in &self.adapter_files {
+            hash.update(scale.to_le_bytes());
+            for file in files {
+                hash.update(Sha256::digest(std::fs::read(file)?));
+            }
+        }
+        Ok(hash.finalize().into())
     }
 
     /// The graph's numbers.

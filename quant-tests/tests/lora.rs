@@ -2,15 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
 use fewbit::adapter::{Adapter, Chosen};
+use fewbit::chat::{Style, Template};
+use fewbit::conversation::{Conversation, Event, FileError};
 use fewbit::engine::{ActivationMode, Engine, Options, Turn};
 use fewbit::gguf::{self, Metadata, TensorDecl, Value, names};
 use fewbit::plan::Shape;
 use fewbit::quant::BlockType;
+use fewbit::sampler::Settings;
 use fewbit_convert::Options as Conversion;
 use quant_tests::fixture::{self, ModelFile, Parts, binary};
 use quant_tests::rows::SplitMix64;
@@ -586,4 +590,35 @@ fn the_converter_merges_what_the_runtime_adds() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("at run time"), "{error}");
+}
+
+#[test]
+fn a_conversation_in_a_file_belongs_to_the_adapters_it_was_held_with() {
+    let file = fixture::tiny_mixtral("Q8_0");
+    let adapter = peft(&corrections(&shape(&file), 3, 0.02), config(16.0));
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("chat.session");
+    let conversation = |lora: &[(&Path, f32)]| {
+        let engine = load(&file, lora, Options::default());
+        let template = Template::from_style(Style::Plain, engine.tokenizer());
+        let session = engine.session(64).unwrap();
+        Conversation::new(session, template, Settings::greedy(), Default::default())
+    };
+    let mut held = conversation(&[(adapter.path(), 1.0)]);
+    held.options.limit = 4;
+    let mut go = |_: Event<'_>| ControlFlow::Continue(());
+    held.ask("Hello.".into(), None, &mut go).unwrap();
+    held.save(&path).unwrap();
+    for other in [
+        &[][..],
+        &[(adapter.path(), 0.5)],
+        &[(adapter.path(), 1.0); 2],
+    ] {
+        let error = conversation(other).load(&path).unwrap_err();
+        assert!(matches!(error, FileError::Foreign { .. }), "{error}");
+        assert!(error.to_string().contains("--lora"), "{error}");
+    }
+    let mut same = conversation(&[(adapter.path(), 1.0)]);
+    same.load(&path).unwrap();
+    assert_eq!(same.messages(), held.messages());
 }

@@ -126,7 +126,7 @@ impl Conversation {
         let engine = self.session.engine();
         let digits = |byte: &u8| format!("{byte:02x}");
         let name = engine.path().file_name().unwrap_or_default();
-        let fingerprint = engine.gguf().fingerprint();
+        let fingerprint = engine.fingerprint();
         let fingerprint = fingerprint.map_err(|source| FileError::Io {
             path: engine.path().to_owned(),
             action: "read the model again",
@@ -319,7 +319,7 @@ impl Conversation {
         let (theirs, ours) = (&head.owner, self.owner()?);
         if theirs.fingerprint != ours.fingerprint {
             return Err(place.foreign(format!(
-                "was written with another model ({}), not with this {}; give -m the file it was written with, or start anew",
+                "was written with another model ({}) or other adapters, not with this {}; give -m and --lora as it was written, or start anew",
                 theirs.model, ours.model
             )));
         }
