@@ -277,7 +277,7 @@ fn synthetic_routing_is_as_uneven_as_asked_for() {
                 hidden: 512,
                 layers: 6,
                 ffn: 512,
-                heads: 4,
+                heads: 8,
                 kv_heads: 2,
                 head_dim: 64,
                 ..Preset::Mixtral8x7b.config()
