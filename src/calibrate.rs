@@ -15,8 +15,9 @@
 //! On request the divergence when one group of matrices is rounded stands in the metadata ([`sensitivity`]).
 //!
 //! Layers are walked one by one ([`Walk`](crate::engine::Walk)), each written when it is done: memory holds one
-//! layer's statistics and the residual stream of every token.
+//! layer's statistics and the residual stream of every token. A run that is cut off goes on from there ([`journal`]).
 
+pub mod journal;
 pub mod sensitivity;
 mod sums;
 
@@ -24,10 +25,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::engine::{self, Engine};
 use crate::gguf::{self, Layout, Metadata, TensorDecl, Value, Writer, names};
 use crate::model::Site;
 use crate::plan::Shape;
+use journal::{Journal, State};
 use sensitivity::Sensitivity;
 use sums::Sums;
 
@@ -60,6 +64,14 @@ pub enum Error {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// What lets a later run go on cannot be written.
+    #[error("{}: cannot write: {source}", path.display())]
+    Journal {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
     /// The finished file cannot get its name.
     #[error("{}: cannot rename the finished file: {source}", path.display())]
     Rename {
@@ -71,7 +83,7 @@ pub enum Error {
 }
 
 /// What to count, and where it comes from.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Options {
     /// Columns of a window of second moments, a row's at most; `None` for none.
     pub width: Option<usize>,
@@ -82,7 +94,7 @@ pub struct Options {
 }
 
 /// Tokens that each expert saw.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Coverage {
     /// All tokens.
     pub tokens: u64,
@@ -286,29 +298,46 @@ impl Plan {
         self.layout.file_bytes()
     }
 
-    /// Runs `texts` through the model and writes `path`, beside it first and renamed when whole.
-    /// `progress` is called once a text and layer.
+    /// Runs `texts` through the model and writes `path`, beside it first and renamed when whole. What `journal` has of an
+    /// earlier run is not done again. `progress` is called once a text and layer.
     ///
     /// # Errors
-    /// See [`Error`]; nothing is then left behind.
+    /// See [`Error`]; what is whole is then kept for a later run, unless the weights are damaged.
     pub fn run(
         self,
         engine: &Arc<Engine>,
         texts: Vec<Vec<u32>>,
         path: &Path,
+        journal: &Journal,
         mut progress: impl FnMut(),
     ) -> Result<Coverage, Error> {
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(".partial");
-        let partial = Partial(PathBuf::from(partial));
-        let mut writer = Writer::create(&partial.0, self.layout)?;
-
-        let shape = engine.shape();
-        let mut coverage = Coverage {
-            tokens: texts.iter().map(|text| text.len() as u64).sum(),
-            experts: Vec::new(),
-        };
+        let partial = journal::with_suffix(path, ".partial");
+        let (shape, count) = (engine.shape(), texts.len());
+        let tokens = texts.iter().map(|text| text.len() as u64).sum();
         let mut walk = engine.walk(texts)?;
+        let mut state = State::default();
+        walk.resume(|x| {
+            state = journal.load(x).unwrap_or_default();
+            state.layers
+        });
+        let resumed = (state.layers > 0)
+            .then(|| Writer::resume(&partial, self.layout.clone(), state.tensors).ok());
+        let mut writer = match resumed.flatten() {
+            Some(writer) => writer,
+            None => {
+                walk.resume(|_| 0); // which needs no streams: the first layer takes up the embedding
+                state = State {
+                    sensitivity: journal.state().and_then(|saved| saved.sensitivity),
+                    ..State::default()
+                };
+                Writer::create(&partial, self.layout)?
+            }
+        };
+        state.coverage.tokens = tokens;
+        for _ in 0..state.layers * count {
+            progress();
+        }
+
         while let Some(layer) = walk.next_layer() {
             let mut groups = groups(shape, layer);
             if layer + 1 == shape.layers {
@@ -326,30 +355,37 @@ impl Plan {
                     }
                 }
             };
-            walk.step(&mut observe, &mut progress)?;
+            if let Err(error) = walk.step(&mut observe, &mut progress) {
+                if matches!(error, engine::Error::NotFinite { .. }) {
+                    let _ = fs::remove_file(&partial); // of no use to a later run
+                    journal.remove();
+                }
+                return Err(error.into());
+            }
             for (group, sums) in groups.iter().zip(&mut sums) {
                 sums.mirror();
                 group.write(sums, &mut writer)?;
                 if group.site == Site::Down && shape.is_moe() {
-                    coverage.experts.push(sums.counts.clone());
+                    state.coverage.experts.push(sums.counts.clone());
                 }
+            }
+            let (layers, x) = walk.streams();
+            if layers < shape.layers {
+                writer.sync()?;
+                (state.layers, state.tensors) = (layers, writer.tensors_done());
+                let recorded = journal.record(&state, x);
+                recorded.map_err(|source| Error::Journal {
+                    path: journal.path().to_owned(),
+                    source,
+                })?;
             }
         }
         writer.finish()?;
-        fs::rename(&partial.0, path).map_err(|source| Error::Rename {
+        fs::rename(&partial, path).map_err(|source| Error::Rename {
             path: path.to_owned(),
             source,
         })?;
-        Ok(coverage)
-    }
-}
-
-/// A file on its way, deleted if it never gets its name.
-struct Partial(PathBuf);
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        // Nothing is there any more once it has been renamed.
-        let _ = fs::remove_file(&self.0);
+        journal.remove();
+        Ok(state.coverage)
     }
 }

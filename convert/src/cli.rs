@@ -19,6 +19,7 @@ use crate::dry_run::DryRun;
 use crate::error::{Error, Result};
 use crate::export::{self, Dtype, export};
 use crate::fit::{self, Target, tensor_type};
+use crate::imatrix::Thin;
 use crate::journal::with_suffix;
 use crate::pipeline::{Options, Report, convert};
 use crate::recipe::Mix;
@@ -64,8 +65,8 @@ struct ConvertArgs {
     /// Importance matrix (GGUF or legacy) that guides the encoding
     #[arg(long, value_name = "FILE")]
     imatrix: Option<PathBuf>,
-    /// How weights are rounded: ggml (as llama-quantize, bit for bit), best (scales and levels refitted together,
-    /// by the imatrix), gptq (the same with error feedback, by the moments of `fewbit calibrate --moments`)
+    /// How weights are rounded: ggml (as llama-quantize, bit for bit), best (scales, minima and levels
+    /// refitted together by the imatrix, in types with minima), gptq (the same with error feedback, by the moments of `fewbit calibrate --moments`)
     #[arg(long, value_name = "HOW", default_value_t = Round::Ggml)]
     round: Round,
     /// LoRA adapter (PEFT's folder, or GGUF), added to the weights, with a scale if need be; may be given several times
@@ -380,9 +381,19 @@ fn summary(report: &Report) -> String {
             report.plan.unweighed
         ));
     }
-    for (tensor, expert, tokens) in &report.thin {
+    for thin in &report.thin {
+        let Thin {
+            tensor,
+            expert,
+            tokens,
+            by_average,
+        } = thin;
+        let instead = match by_average {
+            true => "leans on its layer's average",
+            false => "nor did any of its layer: its columns count alike",
+        };
         lines.push(format!(
-            "{tensor}: expert {expert} saw {tokens} tokens and leans on its layer's average"
+            "{tensor}: expert {expert} saw {tokens} tokens, {instead}"
         ));
     }
     if report.tensors_kept > 0 {
@@ -421,7 +432,7 @@ fn as_json(report: &Report) -> String {
     let leaning: Vec<_> = report
         .thin
         .iter()
-        .map(|(tensor, expert, tokens)| json!({"tensor": tensor, "expert": expert, "tokens": tokens}))
+        .map(|t| json!({"tensor": t.tensor, "expert": t.expert, "tokens": t.tokens, "by_average": t.by_average}))
         .collect();
     let mut figures = json!({
         "file": report.path.display().to_string(),

@@ -22,9 +22,12 @@ use crate::error::{Error, Result};
 use crate::fit::Fitted;
 use crate::imatrix::Imatrix;
 use crate::metadata;
+use crate::moments::Moments;
 use crate::pipeline::Options;
 use crate::plan::Plan;
 use crate::recipe::Mix;
+use crate::round::Round;
+use crate::round::estimate::{self, Work};
 use crate::vocab;
 
 /// What a conversion would give.
@@ -39,6 +42,8 @@ pub struct DryRun {
     plan: Plan,
     /// The types that were chosen for a size.
     fitted: Option<Fitted>,
+    /// How weights are rounded, and threads and seconds that it will take where that is much.
+    rounding: Option<(Round, usize, f64)>,
     /// Whether the file's length leaves out a tokenizer that is not there yet.
     without_tokenizer: bool,
 }
@@ -75,6 +80,7 @@ impl DryRun {
             .zip(&plan.kinds)
             .map(|(Tensor { name, shape, .. }, &kind)| TensorDecl { name, kind, shape })
             .collect();
+        let rounding = rounding(options, &tensors)?;
         let fit = memory.map(|memory| {
             let shape = &plan.shape;
             Fit::new(shape, &tensors, memory, Some(ctx), shape.kv_type())
@@ -87,6 +93,7 @@ impl DryRun {
             tensors,
             plan,
             fitted,
+            rounding,
             without_tokenizer,
         })
     }
@@ -141,6 +148,9 @@ impl DryRun {
         if let Some(fitted) = &self.fitted {
             figures["kld_predicted"] = json!(fitted.kld);
         }
+        if let Some((_, _, seconds)) = self.rounding {
+            figures["round_seconds"] = json!(seconds);
+        }
         figures
     }
 
@@ -192,6 +202,13 @@ impl fmt::Display for DryRun {
             bytes(shape.kv_bytes(self.ctx, shape.kv_type())),
             bytes(shape.scratch_bytes())
         )?;
+        if let Some((round, threads, seconds)) = self.rounding {
+            let time = duration(seconds);
+            writeln!(
+                f,
+                "rounding    about {time} by {round} on {threads} threads of this machine"
+            )?;
+        }
         writeln!(f)?;
         writeln!(
             f,
@@ -227,6 +244,46 @@ impl fmt::Display for DryRun {
             write!(f, "\nfile: {caveat}")?;
         }
         Ok(())
+    }
+}
+
+/// What rounding otherwise than ggml will take: threads and seconds.
+fn rounding(options: &Options, tensors: &[TensorDecl]) -> Result<Option<(Round, usize, f64)>> {
+    if options.round == Round::Ggml {
+        return Ok(None);
+    }
+    let moments = match &options.imatrix {
+        Some(path) => Moments::open(path)?,
+        None => None,
+    };
+    let width = moments.map_or(USUAL_WIDTH, |moments| moments.width());
+    let matrices = tensors.iter().filter(|tensor| tensor.shape.len() > 1);
+    let work = matrices.map(|tensor| Work {
+        kind: tensor.kind,
+        columns: tensor.shape[0],
+        rows: tensor.shape[1..].iter().product(),
+        experts: tensor.shape.get(2).copied().unwrap_or(1),
+    });
+    let work: Vec<Work> = work.collect();
+    let cpus = || std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = if options.threads > 0 {
+        options.threads
+    } else {
+        cpus()
+    };
+    let seconds = estimate::seconds(options.round, &work, width) / threads as f64;
+    Ok(Some((options.round, threads, seconds)))
+}
+
+/// Columns of a window of moments that `fewbit calibrate` makes unless told otherwise.
+const USUAL_WIDTH: usize = 256;
+
+/// `2.5 hours` for 9000.
+fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 90.0 => format!("{s:.0} seconds"),
+        s if s < 5400.0 => format!("{:.0} minutes", s / 60.0),
+        s => format!("{:.1} hours", s / 3600.0),
     }
 }
 

@@ -38,6 +38,19 @@ pub struct Imatrix {
     chunks: u32,
 }
 
+/// An expert whose own statistics are too few.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Thin {
+    /// The tensor.
+    pub tensor: String,
+    /// The expert.
+    pub expert: usize,
+    /// Tokens that it saw.
+    pub tokens: u64,
+    /// Whether it leans on its layer's average; where no expert of the layer saw a token, all columns count alike.
+    pub by_average: bool,
+}
+
 impl Imatrix {
     /// Reads a file of either form.
     pub fn read(path: &Path) -> Result<Imatrix> {
@@ -131,16 +144,19 @@ impl Imatrix {
         share.unwrap_or(1.0)
     }
 
-    /// The experts that [`smoothed`](Self::smoothed) lets lean: tensor, expert, tokens that it saw.
-    pub fn thin<'a>(
-        &'a self,
-        tensors: &'a [Tensor],
-    ) -> impl Iterator<Item = (&'a str, usize, f32)> + 'a {
+    /// The experts that [`smoothed`](Self::smoothed) lets lean.
+    pub fn thin<'a>(&'a self, tensors: &'a [Tensor]) -> impl Iterator<Item = Thin> + 'a {
         tensors.iter().flat_map(|tensor| {
-            let counts = self.counts.get(&tensor.name).into_iter().flatten();
-            let counts = counts.copied().enumerate();
-            let thin = counts.filter(|&(_, count)| is_thin(count));
-            thin.map(|(expert, count)| (&tensor.name[..], expert, count))
+            let counts = self.counts.get(&tensor.name).map_or(&[][..], Vec::as_slice);
+            let any = counts.iter().any(|&count| count > 0.0);
+            let thin = counts.iter().copied().enumerate();
+            let thin = thin.filter(|&(_, count)| is_thin(count));
+            thin.map(move |(expert, count)| Thin {
+                tensor: tensor.name.clone(),
+                expert,
+                tokens: count as u64,
+                by_average: any,
+            })
         })
     }
 

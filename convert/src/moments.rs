@@ -61,6 +61,12 @@ impl Moments {
         Ok((!moments.tensors.is_empty()).then_some(moments))
     }
 
+    /// Columns of the widest windows.
+    pub fn width(&self) -> usize {
+        let widths = self.tensors.values().map(TensorInfo::columns);
+        widths.max().unwrap_or(0)
+    }
+
     /// The name under which the moments of a tensor's input stand, if they do.
     ///
     /// # Errors

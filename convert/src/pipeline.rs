@@ -22,7 +22,7 @@ use crate::disk;
 use crate::encode::Job;
 use crate::error::{Error, Result};
 use crate::fit::{self, Fitted, Target};
-use crate::imatrix::{self, Imatrix};
+use crate::imatrix::{self, Imatrix, Thin};
 use crate::journal::{Fingerprint, InputPrint, Journal, with_suffix};
 use crate::merge::{self, Corrections};
 use crate::moments::Moments;
@@ -126,8 +126,8 @@ pub struct Report {
     pub fitted: Option<Fitted>,
     /// Bytes of weights that were read in this run.
     pub bytes_read: u64,
-    /// Experts whose statistics lean on their layer's average: tensor, expert, tokens that it saw.
-    pub thin: Vec<(String, usize, u64)>,
+    /// Experts whose own statistics are too few.
+    pub thin: Vec<Thin>,
     /// Tensors that an earlier run, cut off, had written.
     pub tensors_kept: usize,
     /// Time that it took.
@@ -209,8 +209,7 @@ pub fn convert(
     let bytes_read = run.bytes_to_read();
     let leaning = imatrix.iter().filter(|_| options.round != Round::Ggml);
     let leaning = leaning.flat_map(|imatrix| imatrix.thin(&checkpoint.tensors));
-    let thin = leaning.map(|(name, expert, tokens)| (name.to_owned(), expert, tokens as u64));
-    let thin = thin.collect();
+    let thin = leaning.collect();
     Ok(Report {
         path: output.to_owned(),
         plan,

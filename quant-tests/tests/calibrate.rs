@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use fewbit::calibrate::journal::{Fingerprint, Journal};
 use fewbit::calibrate::{Coverage, Options, Plan};
 use fewbit::engine::{self, ActivationMode, Engine};
 use fewbit::gguf::{self, names};
@@ -33,8 +34,16 @@ fn calibrate(engine: &Arc<Engine>, language: &str, chunks: usize, output: &Path)
         dataset: language.to_owned(),
         chunk_size: CONTEXT,
     };
+    let journal = journal_of(engine, &texts, &options, output);
     let plan = Plan::new(engine, texts.len(), options, None).unwrap();
-    plan.run(engine, texts, output, || ()).unwrap()
+    plan.run(engine, texts, output, &journal, || ()).unwrap()
+}
+
+fn journal_of(engine: &Engine, texts: &[Vec<u32>], options: &Options, output: &Path) -> Journal {
+    Journal::new(
+        output,
+        Fingerprint::new(engine.path(), texts, options, None),
+    )
 }
 
 fn floats(path: &Path, name: &str) -> Vec<f32> {
@@ -130,6 +139,55 @@ fn sums_are_those_of_the_inputs_whatever_the_threads() {
     }
 }
 
+/// A run is cut off after each of the layers in turn, and the next goes on; the file is that of a run at once.
+#[test]
+fn a_calibration_that_was_cut_off_goes_on() {
+    let file = fixture::tiny_mixtral("F32");
+    let dir = tempfile::tempdir().unwrap();
+    let [whole, cut] = ["whole", "cut"].map(|name| dir.path().join(name));
+    let engine = exact(&file.path, 2);
+    let coverage = calibrate(&engine, "en", 2, &whole);
+
+    let text = fixture::text("en");
+    let chunks = Chunks::new(engine.tokenizer(), &text, CONTEXT, Some(2)).unwrap();
+    let texts: Vec<_> = (0..2).map(|i| chunks.tokens(i)).collect();
+    let options = Options {
+        width: Some(256),
+        dataset: "en".to_owned(),
+        chunk_size: CONTEXT,
+    };
+    let journal = journal_of(&engine, &texts, &options, &cut);
+    let layers = engine.shape().layers;
+    assert!(layers > 2);
+    for layer in 1..layers {
+        // A panic in the middle of a layer stands for a power cut.
+        let mut left = 2 * layer + 1;
+        let run = || {
+            let plan = Plan::new(&engine, 2, options.clone(), None).unwrap();
+            plan.run(&engine, texts.clone(), &cut, &journal, || {
+                left -= 1;
+                assert!(left > 0, "the power is gone");
+            })
+        };
+        let run = std::panic::AssertUnwindSafe(run);
+        assert!(std::panic::catch_unwind(run).is_err());
+        assert_eq!(journal.state().unwrap().layers, layer);
+        assert!(!cut.exists());
+    }
+    // Another text does not take it up.
+    let others = journal_of(&engine, &texts[..1], &options, &cut);
+    assert!(others.state().is_none());
+    let plan = Plan::new(&engine, 2, options.clone(), None).unwrap();
+    let again = plan.run(&engine, texts, &cut, &journal, || ()).unwrap();
+    assert_eq!(
+        (again.tokens, &again.experts),
+        (coverage.tokens, &coverage.experts)
+    );
+    assert!(std::fs::read(&whole).unwrap() == std::fs::read(&cut).unwrap());
+    let left = std::fs::read_dir(dir.path()).unwrap().count();
+    assert_eq!(left, 2, "files are left behind");
+}
+
 /// Mean divergence from the F32 fixture on the end of the English text.
 fn divergence(base: &Arc<Engine>, path: &Path) -> f64 {
     let engine = exact(path, 2);
@@ -181,7 +239,8 @@ fn rounding_by_what_is_lost_comes_nearer_to_the_model() {
         ratios.push([best.0 / ggml.0, gptq.0 / ggml.0]);
     }
     let mean = |of: usize| ratios.iter().map(|r| r[of]).sum::<f64>() / ratios.len() as f64;
-    assert!(mean(0) < 1.0, "best: {ratios:?}");
+    assert!(mean(0) < 0.98, "best: {ratios:?}");
+    assert!(ratios.iter().all(|r| r[0] < 1.01), "best: {ratios:?}");
     assert!(mean(1) < 0.9, "gptq: {ratios:?}");
     assert!(ratios.iter().all(|r| r[1] < 0.97), "gptq: {ratios:?}");
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use fewbit::calibrate::journal::{Fingerprint, Journal};
 use fewbit::calibrate::sensitivity::{self, DEGRADED, Sensitivity};
 use fewbit::calibrate::{Options, Plan};
 use fewbit::engine::{self, ActivationMode, Engine};
@@ -42,8 +43,12 @@ fn calibrate(engine: &Arc<Engine>, output: &Path, sensitive: bool) -> Option<Sen
         dataset: "en".to_owned(),
         chunk_size: CONTEXT,
     };
+    let journal = Journal::new(
+        output,
+        Fingerprint::new(engine.path(), &texts, &options, None),
+    );
     let plan = Plan::new(engine, texts.len(), options, sensitivity.as_ref()).unwrap();
-    plan.run(engine, texts, output, || ()).unwrap();
+    plan.run(engine, texts, output, &journal, || ()).unwrap();
     sensitivity
 }
 

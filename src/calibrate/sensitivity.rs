@@ -9,6 +9,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::Error;
 use crate::engine::Engine;
 use crate::gguf::{Array, Metadata, Value, names};
@@ -27,7 +29,7 @@ const KEYS: [&str; 3] = [
 ];
 
 /// What to measure it on.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Options {
     /// Layers of a band.
     pub band: usize,
@@ -36,13 +38,13 @@ pub struct Options {
 }
 
 /// Divergences by group.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Sensitivity {
     groups: Vec<Group>,
 }
 
 /// Matrices that are rounded together.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Group {
     /// Their tensors' names.
     pub tensors: Vec<String>,

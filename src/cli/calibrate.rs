@@ -2,7 +2,6 @@
 
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use anyhow::Context;
 use serde_json::json;
@@ -10,9 +9,9 @@ use serde_json::json;
 use super::common::{
     EngineArgs, STDOUT, at_least, bytes, chunks_of, file_stem, note, print_json, progress,
 };
+use crate::calibrate::journal::{Fingerprint, Journal, State};
 use crate::calibrate::sensitivity::{self, Sensitivity};
 use crate::calibrate::{Coverage, Options, Plan, STARVED};
-use crate::engine::Engine;
 use crate::gguf::names;
 use crate::perplexity::Chunks;
 
@@ -81,10 +80,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         .iter()
         .map(|path| chunks_of(engine.tokenizer(), path, args.ctx, args.chunks))
         .collect::<Result<_, _>>()?;
-    let sensitivity = match args.sensitivity {
-        true => Some(measure(&args, &engine, &texts)?),
-        false => None,
-    };
     let chunks: Vec<Vec<u32>> = texts
         .iter()
         .flat_map(|text| (0..text.len()).map(|index| text.tokens(index)))
@@ -97,6 +92,33 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         dataset: names.join(", "),
         chunk_size: args.ctx,
     };
+    let how = args.sensitivity.then(|| sensitivity::Options {
+        band: args.band.unwrap_or(engine.shape().layers.div_ceil(8)),
+        chunks: args.sensitivity_chunks,
+    });
+    let fingerprint = Fingerprint::new(&args.model, &chunks, &options, how);
+    let journal = Journal::new(&args.output, fingerprint);
+    let state = journal.state().unwrap_or_default();
+    if state.layers > 0 {
+        note(format_args!(
+            "{output}: goes on after {} layers that an earlier run has counted",
+            state.layers
+        ));
+    }
+    let sensitivity = match (how, state.sensitivity) {
+        (None, _) => None,
+        (_, Some(known)) => Some(known),
+        (Some(how), None) => {
+            let steps = sensitivity::steps(&engine, how) as u64;
+            let bar = progress(steps, "groups {wide_bar} {pos}/{len} {eta}");
+            let found = sensitivity::measure(&engine, &texts, how, || bar.inc(1))?;
+            let state = State::measured(found.clone());
+            journal
+                .record(&state, &[])
+                .with_context(|| format!("{output}: cannot write beside it"))?;
+            Some(found)
+        }
+    };
     let plan = Plan::new(&engine, count, options, sensitivity.as_ref())?;
     let file_bytes = plan.file_bytes();
     if args.moments && !args.json {
@@ -107,7 +129,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let steps = (count * engine.shape().layers) as u64;
     let bar = progress(steps, "layers {wide_bar} {percent} % {eta}");
-    let coverage = plan.run(&engine, chunks, &args.output, || bar.inc(1))?;
+    let coverage = plan.run(&engine, chunks, &args.output, &journal, || bar.inc(1))?;
     drop(bar);
 
     if args.json {
@@ -141,17 +163,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     .and_then(|()| report(&mut out, &coverage))
     .and_then(|()| most_sensitive(&mut out, sensitivity.as_ref()))
     .context(STDOUT)
-}
-
-/// Measures what rounding each group of matrices costs.
-fn measure(args: &Args, engine: &Arc<Engine>, texts: &[Chunks]) -> anyhow::Result<Sensitivity> {
-    let options = sensitivity::Options {
-        band: args.band.unwrap_or(engine.shape().layers.div_ceil(8)),
-        chunks: args.sensitivity_chunks,
-    };
-    let steps = sensitivity::steps(engine, options) as u64;
-    let bar = progress(steps, "groups {wide_bar} {pos}/{len} {eta}");
-    Ok(sensitivity::measure(engine, texts, options, || bar.inc(1))?)
 }
 
 /// The groups that suffer most.

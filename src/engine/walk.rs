@@ -71,6 +71,16 @@ impl Walk {
         }
     }
 
+    /// Layers that are behind the texts, and their residual streams.
+    pub fn streams(&self) -> (usize, &[f32]) {
+        (self.layer, &self.x)
+    }
+
+    /// Puts the texts behind the number of layers that `fill` returns, with the residual streams that it writes.
+    pub fn resume(&mut self, fill: impl FnOnce(&mut [f32]) -> usize) {
+        self.layer = fill(&mut self.x);
+    }
+
     /// Puts the texts back to where they stood, and the engine's own weights in force, but for those in whose place `visit`
     /// puts others, by name. `false` where the engine does not hold all its experts in memory: nothing is visited then.
     ///

@@ -96,7 +96,7 @@ fn decode_group(scale: f32, qs: &[u8; 16], weights: &mut [f32]) {
 }
 
 /// Index of the value nearest to `x`, the upper one of two as near.
-#[inline]
+#[inline(always)]
 fn nearest_index(x: f32) -> u8 {
     let (lowest, highest) = (f32::from(IQ4_VALUES[0]), f32::from(IQ4_VALUES[15]));
     let x = if x < highest { x } else { highest };
@@ -106,7 +106,7 @@ fn nearest_index(x: f32) -> u8 {
 }
 
 /// Indices of 32 weights at a scale, packed.
-#[inline]
+#[inline(always)]
 fn encode_group(scale: f32, x: &[f32; 32]) -> [u8; 16] {
     let inverse_scale = inverse(scale);
     pack_nibbles(&x.map(|x| nearest_index(inverse_scale * x)))
@@ -114,6 +114,7 @@ fn encode_group(scale: f32, x: &[f32; 32]) -> [u8; 16] {
 
 /// The scale of 32 weights with the least weighted error: the largest weight is put at −127 as
 /// a start, then at each of −134..=−120.
+#[inline(always)]
 fn group_scale(x: &[f32; 32], weights: &[f32; 32]) -> f32 {
     /// One for each try, see [`search`](super::search).
     const LANES: usize = 16;
@@ -154,6 +155,7 @@ fn group_scale(x: &[f32; 32], weights: &[f32; 32]) -> f32 {
 
 /// The scale of each group of 32 in a block. Without importance the error of a
 /// weight counts its square.
+#[inline(always)]
 fn group_scales<const GROUPS: usize>(
     x: &[[f32; 32]; GROUPS],
     importance: Option<&[[f32; 32]; GROUPS]>,
@@ -170,6 +172,7 @@ fn group_scales<const GROUPS: usize>(
 }
 
 /// Encodes block by block, each of `GROUPS` groups of 32 weights.
+#[inline(always)]
 fn encode_each<B, const GROUPS: usize>(
     row: &[f32],
     importance: Option<&[f32]>,
@@ -195,6 +198,7 @@ impl Block for BlockIQ4NL {
 }
 
 impl Encode for BlockIQ4NL {
+    #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
         encode_each(row, importance, blocks, |[x], [d]| BlockIQ4NL {
             d: F16::from_f32(d),
@@ -227,6 +231,7 @@ impl Block for BlockIQ4XS {
 }
 
 impl Encode for BlockIQ4XS {
+    #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
         encode_each(row, importance, blocks, with_rounded_scales);
     }
@@ -234,6 +239,7 @@ impl Encode for BlockIQ4XS {
 
 /// Rounds the groups' scales to multiples of `d`, which puts the largest at −32, and indexes
 /// the weights at the rounded scales.
+#[inline(always)]
 fn with_rounded_scales(x: &[[f32; 32]; 8], scales: [f32; 8]) -> BlockIQ4XS {
     let d = -largest_magnitude(&scales) / 32.0;
     let inverse_d = inverse(d);

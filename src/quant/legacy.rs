@@ -2,6 +2,8 @@
 //!
 //! `_0`: symmetric, `w = d·(q − half)`; `_1`: with a minimum, `w = d·q + m`.
 
+use std::array::from_fn;
+
 use bytemuck::{Pod, Zeroable};
 
 use super::float::F16;
@@ -108,19 +110,19 @@ const _: () = assert!(
 );
 
 /// Packs the low four bits of 32 levels.
-#[inline]
+#[inline(always)]
 pub(super) fn pack_nibbles(levels: &[u8; LEN]) -> [u8; LEN / 2] {
-    std::array::from_fn(|j| (levels[j] & 15) | levels[j + 16] << 4)
+    from_fn(|j| (levels[j] & 15) | levels[j + 16] << 4)
 }
 
 /// The 32 levels that [`pack_nibbles`] packed.
 #[inline]
 pub(crate) fn unpack_nibbles(qs: &[u8; LEN / 2]) -> [u8; LEN] {
-    std::array::from_fn(|j| if j < 16 { qs[j] & 15 } else { qs[j - 16] >> 4 })
+    from_fn(|j| if j < 16 { qs[j] & 15 } else { qs[j - 16] >> 4 })
 }
 
 /// Packs the fifth bit of 32 levels.
-#[inline]
+#[inline(always)]
 pub(super) fn pack_fifth_bits(levels: &[u8; LEN]) -> [u8; 4] {
     let bits = levels
         .iter()
@@ -134,7 +136,7 @@ pub(super) fn pack_fifth_bits(levels: &[u8; LEN]) -> [u8; 4] {
 pub(crate) fn unpack_five_bits(qh: [u8; 4], qs: &[u8; LEN / 2]) -> [u8; LEN] {
     let high = u32::from_le_bytes(qh);
     let low = unpack_nibbles(qs);
-    std::array::from_fn(|j| low[j] + (high >> j & 1) as u8 * 16)
+    from_fn(|j| low[j] + (high >> j & 1) as u8 * 16)
 }
 
 #[inline]
@@ -155,7 +157,7 @@ fn decode_affine(d: F16, m: F16, levels: [u8; LEN], weights: &mut [f32]) {
 
 /// Scale and levels `0..2·half` of a symmetric block: the weight of largest magnitude gets the
 /// lowest level, which has no counterpart above.
-#[inline]
+#[inline(always)]
 fn round_symmetric(half: i8, x: &[f32; LEN]) -> (F16, [u8; LEN]) {
     let d = largest_magnitude(x) / f32::from(-half);
     let id = inverse(d);
@@ -165,7 +167,7 @@ fn round_symmetric(half: i8, x: &[f32; LEN]) -> (F16, [u8; LEN]) {
 }
 
 /// Scale, minimum and levels `0..=top` of a block with a minimum.
-#[inline]
+#[inline(always)]
 fn round_affine(top: i8, x: &[f32; LEN]) -> (F16, F16, [u8; LEN]) {
     let (min, max) = x.iter().fold((f32::MAX, f32::MIN), |(min, max), &x| {
         (if x < min { x } else { min }, if x > max { x } else { max })
@@ -176,61 +178,78 @@ fn round_affine(top: i8, x: &[f32; LEN]) -> (F16, F16, [u8; LEN]) {
     (F16::from_f32(d), F16::from_f32(min), levels)
 }
 
-/// Encodes block by block: `encode` gets the weights and, where there is importance, what the
-/// error of each counts.
-fn encode_each<B>(
+/// Encodes block by block by a scale. `make` gets the scale and the levels: those of [`round_symmetric`] without importance, with it those
+/// of a search for the least weighted error.
+#[inline(always)]
+fn encode_symmetric<B>(
+    half: i8,
     row: &[f32],
     importance: Option<&[f32]>,
     blocks: &mut [B],
-    encode: impl Fn(&[f32; LEN], Option<&[f32; LEN]>) -> B,
+    make: impl Fn(F16, [u8; LEN]) -> B,
 ) {
     let (rows, _) = row.as_chunks();
-    match importance {
-        None => {
-            for (block, x) in blocks.iter_mut().zip(rows) {
-                *block = encode(x, None);
+    let importance = importance.map(|importance| (importance.as_chunks().0, variance(row)));
+    for (i, (block, x)) in blocks.iter_mut().zip(rows).enumerate() {
+        let (d, levels) = match importance {
+            None => round_symmetric(half, x),
+            Some((importance, variance)) => {
+                let weights = importance_weights(x, &importance[i], variance);
+                let (d, levels) = fit_symmetric(x, &weights, half);
+                (F16::from_f32(d), levels)
             }
-        }
-        Some(importance) => {
-            let variance = sum_of_squares(row) / row.len() as f32;
-            let (importance, _) = importance.as_chunks();
-            for ((block, x), importance) in blocks.iter_mut().zip(rows).zip(importance) {
-                let weights = importance_weights(x, importance, variance);
-                *block = encode(x, Some(&weights));
+        };
+        *block = make(d, levels);
+    }
+}
+
+/// The same by a scale and a minimum, [`round_affine`] without importance. The search goes over [`ABREAST`] blocks at once.
+#[inline(always)]
+fn encode_affine<B>(
+    top: i8,
+    row: &[f32],
+    importance: Option<&[f32]>,
+    blocks: &mut [B],
+    make: impl Fn(F16, F16, [u8; LEN]) -> B,
+) {
+    let rows = row.as_chunks().0.chunks(ABREAST);
+    let importance = importance.map(|importance| (importance.as_chunks().0, variance(row)));
+    for (i, (blocks, x)) in blocks.chunks_mut(ABREAST).zip(rows).enumerate() {
+        // A row's last blocks may be fewer; the first of them fills the other lanes.
+        let lane = |j: usize| if j < x.len() { j } else { 0 };
+        let lines: [_; ABREAST] = match importance {
+            None => from_fn(|j| round_affine(top, &x[lane(j)])),
+            Some((importance, variance)) => {
+                let grid = AffineGrid::weighted(top as u8);
+                let importance = &importance[i * ABREAST..];
+                let xs: [[f32; LEN]; ABREAST] = from_fn(|j| x[lane(j)]);
+                let weights =
+                    from_fn(|j| importance_weights(&xs[j], &importance[lane(j)], variance));
+                let fits: AffineFits<LEN, ABREAST> = fit_affine(&xs, &weights, &grid);
+                let scalar = F16::from_f32;
+                from_fn(|j| {
+                    (
+                        scalar(fits.scales[j]),
+                        scalar(-fits.mins[j]),
+                        fits.levels[j],
+                    )
+                })
             }
+        };
+        for (block, (d, m, levels)) in blocks.iter_mut().zip(lines) {
+            *block = make(d, m, levels);
         }
     }
 }
 
-/// [`round_symmetric`] without importance, a search for the least weighted error with it.
-#[inline]
-fn encode_symmetric(half: i8, x: &[f32; LEN], weights: Option<&[f32; LEN]>) -> (F16, [u8; LEN]) {
-    match weights {
-        None => round_symmetric(half, x),
-        Some(weights) => {
-            let (d, levels) = fit_symmetric(x, weights, half);
-            (F16::from_f32(d), levels)
-        }
-    }
+/// Mean square of a row.
+#[inline(always)]
+fn variance(row: &[f32]) -> f32 {
+    sum_of_squares(row) / row.len() as f32
 }
 
-/// [`round_affine`] without importance, a search for the least weighted error with it.
-#[inline]
-fn encode_affine(top: i8, x: &[f32; LEN], weights: Option<&[f32; LEN]>) -> (F16, F16, [u8; LEN]) {
-    match weights {
-        None => round_affine(top, x),
-        Some(weights) => {
-            let grid = AffineGrid::weighted(top as u8);
-            let fits = fit_affine(&[*x], &[*weights], &grid);
-            let AffineFits {
-                scales: [scale],
-                mins: [min],
-                levels: [levels],
-            } = fits;
-            (F16::from_f32(scale), F16::from_f32(-min), levels)
-        }
-    }
-}
+/// Blocks whose searches go in step, a lane each.
+const ABREAST: usize = 8;
 
 impl Block for BlockQ4_0 {
     const TYPE: BlockType = BlockType::Q4_0;
@@ -243,11 +262,11 @@ impl Block for BlockQ4_0 {
 }
 
 impl Encode for BlockQ4_0 {
+    #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_each(row, importance, blocks, |x, weights| {
-            let (d, levels) = encode_symmetric(8, x, weights);
-            let qs = pack_nibbles(&levels);
-            BlockQ4_0 { d, qs }
+        encode_symmetric(8, row, importance, blocks, |d, levels| BlockQ4_0 {
+            d,
+            qs: pack_nibbles(&levels),
         });
     }
 }
@@ -263,11 +282,12 @@ impl Block for BlockQ4_1 {
 }
 
 impl Encode for BlockQ4_1 {
+    #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_each(row, importance, blocks, |x, weights| {
-            let (d, m, levels) = encode_affine(15, x, weights);
-            let qs = pack_nibbles(&levels);
-            BlockQ4_1 { d, m, qs }
+        encode_affine(15, row, importance, blocks, |d, m, levels| BlockQ4_1 {
+            d,
+            m,
+            qs: pack_nibbles(&levels),
         });
     }
 }
@@ -283,11 +303,12 @@ impl Block for BlockQ5_0 {
 }
 
 impl Encode for BlockQ5_0 {
+    #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_each(row, importance, blocks, |x, weights| {
-            let (d, levels) = encode_symmetric(16, x, weights);
-            let (qh, qs) = (pack_fifth_bits(&levels), pack_nibbles(&levels));
-            BlockQ5_0 { d, qh, qs }
+        encode_symmetric(16, row, importance, blocks, |d, levels| BlockQ5_0 {
+            d,
+            qh: pack_fifth_bits(&levels),
+            qs: pack_nibbles(&levels),
         });
     }
 }
@@ -303,11 +324,13 @@ impl Block for BlockQ5_1 {
 }
 
 impl Encode for BlockQ5_1 {
+    #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_each(row, importance, blocks, |x, weights| {
-            let (d, m, levels) = encode_affine(31, x, weights);
-            let (qh, qs) = (pack_fifth_bits(&levels), pack_nibbles(&levels));
-            BlockQ5_1 { d, m, qh, qs }
+        encode_affine(31, row, importance, blocks, |d, m, levels| BlockQ5_1 {
+            d,
+            m,
+            qh: pack_fifth_bits(&levels),
+            qs: pack_nibbles(&levels),
         });
     }
 }
@@ -327,21 +350,22 @@ impl Block for BlockQ8_0 {
 
 impl Encode for BlockQ8_0 {
     /// ggml's Q8_0 has no use for importance.
+    #[inline(always)]
     fn encode_row(row: &[f32], _importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_each(row, None, blocks, |x, _| {
+        for (block, x) in blocks.iter_mut().zip(row.as_chunks::<LEN>().0) {
             let d = largest_magnitude(x).abs() / 127.0;
             let id = inverse(d);
-            BlockQ8_0 {
+            *block = BlockQ8_0 {
                 d: F16::from_f32(d),
                 qs: x.map(|x| round_half_away(x * id) as i8),
-            }
-        });
+            };
+        }
     }
 }
 
 /// C's `roundf` and a cast to `int`. The addend is the float below ½, so that what lies just
 /// below a tie is not lifted over it.
-#[inline]
+#[inline(always)]
 fn round_half_away(value: f32) -> i32 {
     truncate(value + 0.499_999_97_f32.copysign(value))
 }

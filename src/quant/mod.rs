@@ -12,6 +12,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use multiversion::multiversion;
+
 mod float;
 mod iq4;
 mod k;
@@ -122,7 +124,15 @@ fn encode_row<B: Encode>(row: &[f32], importance: Option<&[f32]>, bytes: &mut [u
             "one importance weight a column"
         );
     }
-    B::encode_row(row, importance, bytemuck::cast_slice_mut(bytes));
+    encode_blocks::<B>(row, importance, bytemuck::cast_slice_mut(bytes));
+}
+
+/// [`Encode::encode_row`], compiled once more for wide vectors. The searches go in step over lanes, each of which
+/// adds in its own order, so the bits are the same; products and sums are never contracted. Everything on the way
+/// down is inlined by force: what were called would be compiled for the narrowest vectors.
+#[multiversion(targets("x86_64+avx+avx2+bmi1+bmi2+f16c"))]
+fn encode_blocks<B: Encode>(row: &[f32], importance: Option<&[f32]>, blocks: &mut [B]) {
+    B::encode_row(row, importance, blocks);
 }
 
 fn check_lengths<B: Block>(weights: usize, bytes: usize) {
@@ -158,7 +168,14 @@ impl BlockType {
     fn traits(self) -> &'static Traits {
         match self {
             Self::F32 => const { &Traits::of::<F32>("F32") },
-            Self::F16 => const { &Traits::of::<F16>("F16") },
+            Self::F16 => {
+                const {
+                    &Traits {
+                        decode_row: float::decode_f16_row,
+                        ..Traits::of::<F16>("F16")
+                    }
+                }
+            }
             Self::Q4_0 => const { &Traits::of::<BlockQ4_0>("Q4_0") },
             Self::Q4_1 => const { &Traits::of::<BlockQ4_1>("Q4_1") },
             Self::Q5_0 => const { &Traits::of::<BlockQ5_0>("Q5_0") },

@@ -13,14 +13,14 @@ const ROUNDER: f32 = 12_582_912.0;
 
 /// The nearest integer, ties to even, for magnitudes up to 2²² − 1 (beyond, the low 23 bits of
 /// what the addition left, as in ggml).
-#[inline]
+#[inline(always)]
 pub(super) fn nearest_int(value: f32) -> i32 {
     let bits = (value + ROUNDER).to_bits();
     (bits & 0x007f_ffff) as i32 - 0x0040_0000
 }
 
 /// A C cast to `int` as x86 executes it: towards zero; `i32::MIN` where it does not fit.
-#[inline]
+#[inline(always)]
 pub(super) fn truncate(value: f32) -> i32 {
     if value.abs() < 2_147_483_648.0 {
         value as i32
@@ -30,13 +30,13 @@ pub(super) fn truncate(value: f32) -> i32 {
 }
 
 /// `1 / value`, and 0 for 0.
-#[inline]
+#[inline(always)]
 pub(super) fn inverse(value: f32) -> f32 {
     if value != 0.0 { 1.0 / value } else { 0.0 }
 }
 
 /// The first value of the largest magnitude, with its sign; 0 for nothing but zeros.
-#[inline]
+#[inline(always)]
 pub(super) fn largest_magnitude(values: &[f32]) -> f32 {
     let mut largest = 0.0f32;
     for &value in values {
@@ -53,6 +53,7 @@ pub(super) fn largest_magnitude(values: &[f32]) -> f32 {
 /// The inverse scales tried put the largest weight at `−(half + 0.1·step)`, steps −9..=9; for
 /// the levels that each gives, the best scale is `Σ w·x·l / Σ w·l²`. This is ggml's
 /// `make_qx_quants`.
+#[inline(always)]
 pub(super) fn fit_symmetric<const N: usize>(
     x: &[f32; N],
     weights: &[f32; N],
@@ -112,7 +113,7 @@ pub(super) fn fit_symmetric<const N: usize>(
 
 /// What the error of each weight counts, by the importance of its column and its own size
 /// against the variance of its surroundings.
-#[inline]
+#[inline(always)]
 pub(super) fn importance_weights<const N: usize>(
     x: &[f32; N],
     importance: &[f32; N],
@@ -122,7 +123,7 @@ pub(super) fn importance_weights<const N: usize>(
 }
 
 /// Σx², added in order.
-#[inline]
+#[inline(always)]
 pub(super) fn sum_of_squares(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |sum, x| sum + x * x)
 }

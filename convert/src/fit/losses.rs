@@ -1,6 +1,6 @@
 //! How far a matrix's outputs are off in each type: a share of their mean square.
 
-use fewbit::quant::{BlockType, RowEncoder};
+use fewbit::quant::{BlockType, Grid, RowEncoder};
 use rayon::prelude::*;
 
 use crate::checkpoint::{Checkpoint, Source, Tensor};
@@ -117,35 +117,49 @@ impl Losses<'_> {
             }
             false => 0.0,
         };
-        let mut by_type = Vec::new();
-        for kind in kinds {
-            by_type.push((kind, share(self.loss(tensor, kind, &samples)?)));
-        }
+        let losses = self.losses(tensor, &kinds, &samples)?;
+        let by_type = kinds.into_iter().zip(losses.into_iter().map(share));
         Ok(Measured {
             degraded: share(degraded),
-            by_type,
+            by_type: by_type.collect(),
         })
     }
 
-    fn loss(&self, tensor: &Tensor, kind: BlockType, samples: &[Sample]) -> Result<f64> {
-        let encode: RowEncoder = kind.encoder().expect("all of these are written");
+    /// What is lost in each of `kinds`.
+    fn losses(&self, tensor: &Tensor, kinds: &[BlockType], samples: &[Sample]) -> Result<Vec<f64>> {
         let columns = tensor.columns();
-        let mut rounder = Rounder::new(self.round, kind, tensor, self.imatrix, self.moments)?;
         let importance = self.imatrix.of(tensor)?;
-        let mut loss = 0.0;
+        // Types with sub-blocks of one length after each other: factoring moments takes longer than the rows.
+        let mut order: Vec<usize> = (0..kinds.len()).collect();
+        order.sort_by_key(|&index| Grid::of(kinds[index]).map(|grid| grid.sub));
+        let mut losses = vec![0.0; kinds.len()];
         for sample in samples {
-            if let Some(rounder) = &mut rounder {
-                rounder.prepare(sample.expert..sample.expert + 1)?;
-            }
             let own = importance.map(|all| &all[sample.expert * columns..][..columns]);
-            loss += sample.sum(|row| {
-                errors(kind, row, |bytes| match &rounder {
-                    Some(rounder) => rounder.encode_row(sample.expert, row, bytes),
-                    None => encode(row, own, bytes),
-                })
-            });
+            let mut ready: Option<Rounder<'_>> = None;
+            for &index in &order {
+                let kind = kinds[index];
+                let encode: RowEncoder = kind.encoder().expect("all of these are written");
+                let new = Rounder::new(self.round, kind, tensor, self.imatrix, self.moments)?;
+                let rounder = match (new, ready.take(), Grid::of(kind)) {
+                    (Some(_), Some(mut known), Some(grid)) => {
+                        known.change_kind(kind, grid);
+                        Some(known)
+                    }
+                    (new, _, _) => new,
+                };
+                ready = rounder;
+                if let Some(rounder) = &mut ready {
+                    rounder.prepare(sample.expert..sample.expert + 1)?;
+                }
+                losses[index] += sample.sum(|row| {
+                    errors(kind, row, |bytes| match &ready {
+                        Some(rounder) => rounder.encode_row(sample.expert, row, bytes),
+                        None => encode(row, own, bytes),
+                    })
+                });
+            }
         }
-        Ok(loss)
+        Ok(losses)
     }
 
     /// Rows of each expert, evenly spread, with what their errors are measured by.

@@ -11,10 +11,12 @@
 //! 2. Descent: level by level, scale by scale, and the units of the scales, each move is made that lowers the
 //!    quadratic form, the others held.
 //!
-//! Without moments (`best`) the form is diagonal: step 1 is left out then, and step 2 refits scales and their units.
+//! Without moments (`best`) the form is diagonal: step 1 is left out then, and step 2 refits scales, minima and their
+//! units, in the types that have minima; in others ggml's choice is as good.
 //!
 //! An expert that saw few tokens of the calibration text leans on its layer's average ([`AVERAGE_TOKENS`]).
 
+pub mod estimate;
 mod quadratic;
 mod refine;
 
@@ -87,7 +89,7 @@ pub struct Rounder<'a> {
 
 impl<'a> Rounder<'a> {
     /// A rounder for `tensor` in blocks of `kind`; `None` where ggml's way is all there is: types that are not taken
-    /// apart. Of the token embedding, whose rows are looked up, all columns count alike.
+    /// apart, and without moments those without minima. Of the token embedding, whose rows are looked up, all columns count alike.
     ///
     /// # Errors
     /// If moments do not fit the tensor.
@@ -100,6 +102,8 @@ impl<'a> Rounder<'a> {
     ) -> Result<Option<Self>> {
         let grid = match (round, Grid::of(kind)) {
             (Round::Ggml, _) | (_, None) => return Ok(None),
+            // Without minima, refitted scales gain nothing: `quant-tests/ladder/bed.md`.
+            (Round::Best, Some(grid)) if !grid.mins => return Ok(None),
             (_, Some(grid)) => grid,
         };
         let experts = tensor.shape.get(2).copied().unwrap_or(1);
@@ -118,6 +122,14 @@ impl<'a> Rounder<'a> {
             first: 0,
             ready: Vec::new(),
         }))
+    }
+
+    /// Goes on with blocks of another type; what was made ready stays so if sub-blocks are as long.
+    pub fn change_kind(&mut self, kind: BlockType, grid: Grid) {
+        if grid.sub != self.grid.sub {
+            self.ready.clear();
+        }
+        (self.kind, self.grid) = (kind, grid);
     }
 
     /// Makes ready what the rows of `experts` need, and forgets what those before them needed.

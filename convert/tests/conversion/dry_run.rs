@@ -6,6 +6,8 @@ use std::process::Command;
 use fewbit_convert::Options;
 use fewbit_convert::dry_run::DryRun;
 use fewbit_convert::recipe::Mix;
+use fewbit_convert::round::Round;
+use fewbit_convert::round::estimate::{self, Work};
 use indicatif::ProgressBar;
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -100,6 +102,31 @@ fn tensors_are_listed_with_the_recipes_types() {
     );
     assert_eq!(tensor("blk.0.ffn_gate_inp.weight")["type"], "F32");
     assert_eq!(tensor("blk.4.ffn_down_exps.weight")["type"], "Q4_K");
+}
+
+#[test]
+fn the_time_of_rounding_is_told_and_wider_windows_take_longer() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("config.json"), MIXTRAL_8X7B).unwrap();
+    let run = |round| {
+        let mut options = Options::new(Mix::Q4_K_M);
+        (options.round, options.threads) = (round, 2);
+        DryRun::new(folder.path(), &options, 512, None, &ProgressBar::hidden()).unwrap()
+    };
+    assert_eq!(run(Round::Ggml).json()["round_seconds"], Value::Null);
+    let [best, gptq] = [Round::Best, Round::Gptq].map(run);
+    let seconds = |run: &DryRun| run.json()["round_seconds"].as_f64().unwrap();
+    assert!(seconds(&best) > 60.0 && seconds(&gptq) > seconds(&best));
+    assert!(gptq.to_string().contains("by gptq on 2 threads"), "{gptq}");
+
+    let work = [Work {
+        kind: fewbit::quant::BlockType::Q4_K,
+        columns: 4096,
+        rows: 4096,
+        experts: 1,
+    }];
+    let [narrow, wide] = [256, 4096].map(|width| estimate::seconds(Round::Gptq, &work, width));
+    assert!(narrow < wide, "{narrow} {wide}");
 }
 
 #[test]

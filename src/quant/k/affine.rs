@@ -65,6 +65,7 @@ impl Affine8 {
 
     /// Rounds the weights to the lines that the packed scales and minima draw. Where a scale
     /// came out as zero the search's levels stay: they decode to the same.
+    #[inline(always)]
     fn round(
         x: &Super<f32>,
         d: F16,

@@ -49,6 +49,7 @@ pub const SUPER_BLOCK: usize = 256;
 type Super<T> = [T; SUPER_BLOCK];
 
 /// Encodes a row, super-block by super-block.
+#[inline(always)]
 fn encode_each<B>(
     row: &[f32],
     importance: Option<&[f32]>,
@@ -60,20 +61,13 @@ fn encode_each<B>(
         blocks.len() * SUPER_BLOCK,
         "the blocks hold the row"
     );
-    let (supers, _) = row.as_chunks();
-    match importance {
-        None => {
-            for (block, x) in blocks.iter_mut().zip(supers) {
-                *block = encode(x, None);
-            }
-        }
-        Some(importance) => {
-            assert_eq!(importance.len(), row.len(), "one importance a weight");
-            let (importance, _) = importance.as_chunks();
-            for ((block, x), importance) in blocks.iter_mut().zip(supers).zip(importance) {
-                *block = encode(x, Some(importance));
-            }
-        }
+    let importance = importance.map(|importance| {
+        assert_eq!(importance.len(), row.len(), "one importance a weight");
+        importance.as_chunks().0
+    });
+    // `encode` is called in one place, so that it is inlined there.
+    for (i, (block, x)) in blocks.iter_mut().zip(row.as_chunks().0).enumerate() {
+        *block = encode(x, importance.map(|importance| &importance[i]));
     }
 }
 
@@ -84,6 +78,7 @@ fn stripes_mut(weights: &mut [f32]) -> &mut [[f32; 32]] {
 }
 
 /// The sub-blocks of `N` weights, each with the place of its levels.
+#[inline(always)]
 fn sub_blocks<'a, const N: usize>(
     x: &'a Super<f32>,
     levels: &'a mut Super<u8>,
@@ -92,22 +87,26 @@ fn sub_blocks<'a, const N: usize>(
 }
 
 /// Σx, added in order.
+#[inline(always)]
 fn sum(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |sum, x| sum + x)
 }
 
 /// Rounds weights to the levels of the line `scale·q − min`.
+#[inline(always)]
 fn round_to_line<const N: usize>(x: &[f32; N], scale: f32, min: f32, max_level: u8) -> [u8; N] {
     x.map(|x| nearest_int((x + min) / scale).clamp(0, i32::from(max_level)) as u8)
 }
 
 /// Rounds weights to `scale·q` with `q` in `−half..half`; the levels are `q + half`.
+#[inline(always)]
 fn round_to_scale<const N: usize>(x: &[f32; N], scale: f32, half: i8) -> [u8; N] {
     let half = i32::from(half);
     x.map(|x| (nearest_int(x / scale).clamp(-half, half - 1) + half) as u8)
 }
 
 /// Writes values as whole shares of their maximum: the unit is `max / max_level`.
+#[inline(always)]
 fn share_of_max<const N: usize>(values: &[f32; N], max_level: u8) -> (F16, [u8; N]) {
     let max = values
         .iter()

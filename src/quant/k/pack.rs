@@ -20,6 +20,7 @@ pub struct ScalesAndMins8(pub [u8; 12]);
 impl ScalesAndMins8 {
     /// Packs scales and minima, each below 64. (The first four are not masked: a degenerate
     /// scale above 63 spills into its neighbour as it does in ggml.)
+    #[inline(always)]
     pub fn pack(scales: &[u8; 8], mins: &[u8; 8]) -> Self {
         let mut bytes = [0; 12];
         for i in 0..4 {
@@ -31,6 +32,7 @@ impl ScalesAndMins8 {
     }
 
     /// The scales and the minima.
+    #[inline(always)]
     pub fn unpack(&self) -> ([u8; 8], [u8; 8]) {
         let each: [(u8, u8); 8] = std::array::from_fn(|i| self.get(i));
         (each.map(|(scale, _)| scale), each.map(|(_, min)| min))
@@ -62,6 +64,7 @@ pub struct Scales16(pub [u8; 12]);
 
 impl Scales16 {
     /// Packs scales that are stored plus 32, each below 64.
+    #[inline(always)]
     pub fn pack(stored: &[u8; 16]) -> Self {
         let mut bytes = [0; 12];
         for (i, &scale) in stored.iter().enumerate() {
@@ -72,6 +75,7 @@ impl Scales16 {
     }
 
     /// The scales, from −32 to 31.
+    #[inline(always)]
     pub fn unpack(&self) -> [i8; 16] {
         std::array::from_fn(|i| self.get(i))
     }
@@ -87,6 +91,7 @@ impl Scales16 {
 
 /// Packs the low two bits of each level: byte `32·h + l` holds those of weight `l` of the
 /// stripes `4·h` (lowest) to `4·h + 3` (highest).
+#[inline(always)]
 pub(in crate::quant) fn pack_2_bits(levels: &Super<u8>) -> [u8; 64] {
     std::array::from_fn(|i| {
         let first = i / 32 * 128 + i % 32;
@@ -96,6 +101,7 @@ pub(in crate::quant) fn pack_2_bits(levels: &Super<u8>) -> [u8; 64] {
 
 /// Packs the low four bits of each level, a byte for each pair of weights `DISTANCE` apart: the
 /// first `DISTANCE` bytes hold the first `2 · DISTANCE` weights, and so on.
+#[inline(always)]
 pub(in crate::quant) fn pack_4_bits<const DISTANCE: usize>(levels: &Super<u8>) -> [u8; 128] {
     std::array::from_fn(|i| {
         let first = i / DISTANCE * 2 * DISTANCE + i % DISTANCE;
@@ -104,6 +110,7 @@ pub(in crate::quant) fn pack_4_bits<const DISTANCE: usize>(levels: &Super<u8>) -
 }
 
 /// Packs one bit of each level: bit `j` of byte `l` is bit `bit` of weight `l` of stripe `j`.
+#[inline(always)]
 pub(in crate::quant) fn pack_bit(levels: &Super<u8>, bit: u8) -> [u8; 32] {
     std::array::from_fn(|l| (0..8).fold(0, |byte, j| byte | (levels[32 * j + l] >> bit & 1) << j))
 }

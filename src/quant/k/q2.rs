@@ -74,6 +74,7 @@ impl Block for BlockQ2K {
 }
 
 impl Encode for BlockQ2K {
+    #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
         encode_each(row, importance, blocks, |x, importance| match importance {
             None => Self::encode(x),
@@ -83,6 +84,7 @@ impl Encode for BlockQ2K {
 }
 
 impl BlockQ2K {
+    #[inline(always)]
     fn encode(x: &Super<f32>) -> Self {
         let subs: &[[f32; 16]; 16] = cast_ref(x);
         let weights = subs.map(|x| x.map(f32::abs));
@@ -92,6 +94,7 @@ impl BlockQ2K {
         Self::round(x, d, dmin, &scales, &mins, cast(fits.levels))
     }
 
+    #[inline(always)]
     fn encode_weighted(x: &Super<f32>, importance: &Super<f32>) -> Self {
         let (subs, importance): (&[[f32; 16]; 16], &[[f32; 16]; 16]) =
             (cast_ref(x), cast_ref(importance));
@@ -107,6 +110,7 @@ impl BlockQ2K {
 
     /// Rounds the weights to the lines that the rounded scales and minima draw. Where a scale
     /// came out as zero the search's levels stay: they decode to the same.
+    #[inline(always)]
     fn round(
         x: &Super<f32>,
         d: F16,

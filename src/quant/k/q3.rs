@@ -66,6 +66,7 @@ impl Block for BlockQ3K {
 }
 
 impl Encode for BlockQ3K {
+    #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
         encode_each(row, importance, blocks, |x, importance| match importance {
             None => Self::encode(x),
@@ -75,6 +76,7 @@ impl Encode for BlockQ3K {
 }
 
 impl BlockQ3K {
+    #[inline(always)]
     fn encode(x: &Super<f32>) -> Self {
         let (mut levels, mut scales) = ([0; SUPER_BLOCK], [0.0; 16]);
         for ((x, levels), scale) in sub_blocks::<16>(x, &mut levels).zip(&mut scales) {
@@ -93,6 +95,7 @@ impl BlockQ3K {
         Self::round(x, F16::from_f32(1.0 / per_unit), &stored, levels)
     }
 
+    #[inline(always)]
     fn encode_weighted(x: &Super<f32>, importance: &Super<f32>) -> Self {
         let (mut levels, mut scales) = ([0; SUPER_BLOCK], [0.0; 16]);
         let mut weight_sums = [0.0; 16];
@@ -109,6 +112,7 @@ impl BlockQ3K {
 
     /// Rounds the weights to multiples of the rounded scales. Where a scale came out as zero
     /// the search's levels stay: they decode to the same.
+    #[inline(always)]
     fn round(x: &Super<f32>, d: F16, stored: &[u8; 16], mut levels: Super<u8>) -> Self {
         let scales = Scales16::pack(stored);
         for ((x, levels), scale) in sub_blocks::<16>(x, &mut levels).zip(scales.unpack()) {

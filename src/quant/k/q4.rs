@@ -62,6 +62,7 @@ impl Block for BlockQ4K {
 }
 
 impl Encode for BlockQ4K {
+    #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
         encode_each(row, importance, blocks, |x, importance| {
             let Affine8 {

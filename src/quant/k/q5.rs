@@ -65,6 +65,7 @@ impl Block for BlockQ5K {
 }
 
 impl Encode for BlockQ5K {
+    #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
         encode_each(row, importance, blocks, |x, importance| {
             let Affine8 {

@@ -60,6 +60,7 @@ impl Block for BlockQ6K {
 }
 
 impl Encode for BlockQ6K {
+    #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
         encode_each(row, importance, blocks, |x, importance| match importance {
             // Without importance, large weights count more.
@@ -71,6 +72,7 @@ impl Encode for BlockQ6K {
 }
 
 impl BlockQ6K {
+    #[inline(always)]
     fn encode(x: &Super<f32>, weights: &Super<f32>) -> Self {
         let (mut levels, mut scales) = ([0; SUPER_BLOCK], [0.0; 16]);
         let (weights, _) = weights.as_chunks();

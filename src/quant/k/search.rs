@@ -34,6 +34,7 @@ pub(in crate::quant) enum Cost {
 }
 
 impl Cost {
+    #[inline(always)]
     fn of(self, deviation: f32) -> f32 {
         match self {
             Cost::Absolute => deviation.abs(),
@@ -201,6 +202,7 @@ pub(in crate::quant) fn fit_affine<const N: usize, const SUBS: usize>(
 }
 
 /// Rows to columns.
+#[inline(always)]
 fn transposed<const N: usize, const M: usize>(rows: &[[f32; N]; M]) -> [[f32; M]; N] {
     from_fn(|i| from_fn(|j| rows[j][i]))
 }
@@ -210,6 +212,7 @@ fn transposed<const N: usize, const M: usize>(rows: &[[f32; N]; M]) -> [[f32; M]
 /// Nine slopes around `max_level / max(values)` are tried, the best is refined by coordinate
 /// descent. A negative value (a degenerate sub-block can have a negative scale) wraps around to
 /// a high level, as it does in ggml.
+#[inline(always)]
 pub(super) fn fit_scales<const N: usize>(
     values: &[f32; N],
     weights: &[f32; N],
@@ -290,6 +293,7 @@ pub(super) fn fit_scales<const N: usize>(
 /// Fits `x` by `scale·q` with `q` in `−half..half`, weighting each weight by its square.
 ///
 /// Returns the scale and the levels `q + half`; for weights that are all negligible, zeros.
+#[inline(always)]
 pub(super) fn fit_by_descent<const N: usize>(x: &[f32; N], half: i8) -> (f32, [u8; N]) {
     let largest = largest_magnitude(x);
     if largest.abs() < NEGLIGIBLE {
