@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The conformance suite: fewbit against ggml, llama.cpp, SentencePiece and mistral-common.
+# The conformance suite: fewbit against ggml, llama.cpp, SentencePiece, mistral-common and transformers.
 #
 #   quant-tests/conformance/run.sh [ARGUMENT OF THE TEST RUNNERS…]
 #
@@ -15,6 +15,14 @@ PYTHON=$python quant-tests/fetch-smollm2.sh downloads
 
 echo "Golden ids of the tokenizers, asked anew"
 "$python" "$here/tokenizer_oracle.py" check
+
+echo "An exported checkpoint, read by transformers"
+cargo=${CARGO:-cargo}
+transformers=$(quant-tests/venv.sh scratch/export-venv quant-tests/export/requirements.txt)
+rm -rf scratch/exported
+$cargo run --quiet --package fewbit-convert -- quant-tests/fixtures/tiny-mixtral scratch/exported.gguf --type F32 --force
+$cargo run --quiet --package fewbit-convert -- export scratch/exported.gguf scratch/exported --dtype f32
+HF_HUB_OFFLINE=1 "$transformers" quant-tests/export/check.py scratch/exported
 
 FEWBIT_SMOLLM2=$PWD/downloads/smollm2.gguf
 FEWBIT_MISTRAL_TOKENIZER=$("$python" "$here/tokenizer_oracle.py" vocabulary)
