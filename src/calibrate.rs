@@ -28,7 +28,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::{self, Engine};
-use crate::gguf::{self, Layout, Metadata, TensorDecl, Value, Writer, names};
+use crate::gguf::{self, Layout, Metadata, TensorDecl, Value, Writer, names, with_suffix};
 use crate::model::Site;
 use crate::plan::Shape;
 use journal::{Journal, State};
@@ -311,7 +311,7 @@ impl Plan {
         journal: &Journal,
         mut progress: impl FnMut(),
     ) -> Result<Coverage, Error> {
-        let partial = journal::with_suffix(path, ".partial");
+        let partial = with_suffix(path, ".partial");
         let (shape, count) = (engine.shape(), texts.len());
         let tokens = texts.iter().map(|text| text.len() as u64).sum();
         let mut walk = engine.walk(texts)?;

@@ -8,7 +8,7 @@ mod session;
 mod walk;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use sha2::{Digest, Sha256};
 
@@ -302,6 +302,8 @@ pub struct Engine {
     tokenizer: Tokenizer,
     /// The files of each adapter, and how strong it is.
     adapter_files: Vec<(Vec<PathBuf>, f32)>,
+    /// Computed when first asked for, since files are read whole for it.
+    fingerprint: OnceLock<[u8; 32]>,
     kernels: Kernels,
     pool: Pool,
     /// Tokens that go through the model in one pass.
@@ -388,6 +390,7 @@ impl Engine {
             model,
             tokenizer,
             adapter_files,
+            fingerprint: OnceLock::new(),
             kernels,
             pool,
             batch,
@@ -424,6 +427,14 @@ impl Engine {
     /// # Errors
     /// When a file cannot be read.
     pub fn fingerprint(&self) -> std::io::Result<[u8; 32]> {
+        if let Some(found) = self.fingerprint.get() {
+            return Ok(*found);
+        }
+        let found = self.read_fingerprint()?;
+        Ok(*self.fingerprint.get_or_init(|| found))
+    }
+
+    fn read_fingerprint(&self) -> std::io::Result<[u8; 32]> {
         let model = self.gguf.fingerprint()?;
         if self.adapter_files.is_empty() {
             return Ok(model);

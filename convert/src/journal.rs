@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use fewbit::gguf::with_suffix;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::InputFile;
@@ -105,11 +106,4 @@ impl Journal {
         let _ = fs::remove_file(with_suffix(&self.path, ".new"));
         let _ = fs::remove_file(&self.path);
     }
-}
-
-/// `path` with `suffix` after its last part.
-pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
 }

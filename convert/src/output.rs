@@ -5,11 +5,11 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use fewbit::gguf::with_suffix;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use crate::disk;
 use crate::error::{Error, Result};
-use crate::journal::with_suffix;
 
 /// An output that is being written.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fewbit::adapter::{Adapter, Chosen};
-use fewbit::gguf::Writer;
+use fewbit::gguf::{Writer, with_suffix};
 use fewbit::quant::BlockType;
 use indicatif::ProgressBar;
 use regex::Regex;
@@ -23,7 +23,7 @@ use crate::encode::Job;
 use crate::error::{Error, Result};
 use crate::fit::{self, Fitted, Target};
 use crate::imatrix::{self, Imatrix, Thin};
-use crate::journal::{Fingerprint, InputPrint, Journal, with_suffix};
+use crate::journal::{Fingerprint, InputPrint, Journal};
 use crate::merge::{self, Corrections};
 use crate::moments::Moments;
 use crate::output::Output;

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::sensitivity::{self, Sensitivity};
 use super::{Coverage, Options};
+use crate::gguf::with_suffix;
 
 /// Longest description that is read.
 const MAX_HEAD: u64 = 16 << 20;
@@ -160,10 +161,4 @@ impl Journal {
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
-}
-
-pub(super) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
 }

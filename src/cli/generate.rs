@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use clap_complete::Shell;
 
+use crate::gguf::with_suffix;
+
 /// Options of `generate`.
 #[derive(clap::Args)]
 pub struct Args {
@@ -81,8 +83,7 @@ fn pages(command: clap::Command, folder: &Path) -> Result<(), Error> {
     }
     let page = clap_mangen::Man::new(command);
     let path = folder.join(page.get_filename());
-    let mut partial = path.clone().into_os_string();
-    partial.push(".partial");
+    let partial = with_suffix(&path, ".partial");
     let mut text = Vec::new();
     page.render(&mut text)
         .and_then(|()| fs::write(&partial, &text))

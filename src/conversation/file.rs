@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::Conversation;
 use crate::chat::Message;
 use crate::engine;
+use crate::gguf::with_suffix;
 use crate::sampler::{Position, Settings};
 
 const MAGIC: [u8; 8] = *b"fewbitSF";
@@ -156,9 +157,7 @@ impl Conversation {
     /// # Errors
     /// Where it cannot be written: what was at `path` is still there.
     pub fn save(&self, path: &Path) -> Result<(), FileError> {
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(format!(".{}.partial", std::process::id()));
-        let partial = Path::new(&partial);
+        let partial = &with_suffix(path, &format!(".{}.partial", std::process::id()));
         let place = Place(path);
         let written = self.write_file(partial, &place).and_then(|()| {
             fs::rename(partial, path).map_err(place.io("rename the finished file to it"))

@@ -34,7 +34,7 @@ pub use metadata::Metadata;
 pub use read::{parse, read, read_within};
 pub use split::SplitName;
 pub use value::{Array, Value};
-pub use write::{Layout, TensorDecl, Writer, write_whole};
+pub use write::{Layout, TensorDecl, Writer, with_suffix, write_whole};
 
 /// Alignment of tensor data where the file does not say otherwise (and always in files that we write).
 pub const DEFAULT_ALIGNMENT: u64 = 32;

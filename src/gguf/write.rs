@@ -433,6 +433,13 @@ fn failed(path: &Path, action: &'static str, cause: io::Error) -> Error {
     }
 }
 
+/// A file beside `path`: its name with `suffix` behind it.
+pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
 /// Writes a small file whole: beside its target under a name of its own, then renamed.
 pub fn write_whole(
     path: &Path,
@@ -441,9 +448,7 @@ pub fn write_whole(
 ) -> Result<(), Error> {
     let decls: Vec<TensorDecl> = tensors.iter().map(|(decl, _)| decl.clone()).collect();
     let layout = Layout::new(metadata, &decls)?;
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
+    let partial = with_suffix(path, ".partial");
     let written = Writer::create(&partial, layout).and_then(|mut writer| {
         for (index, (_, bytes)) in tensors.iter().enumerate() {
             writer.write(bytes)?;

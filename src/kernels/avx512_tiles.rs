@@ -101,8 +101,8 @@ fn tile_rows<B: Fill>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TIL
             // A power of two or none: sums are shifted by its exponent.
             debug_assert!(offset == 0 || offset.is_power_of_two());
             let shift = (offset > 0).then(|| offset.trailing_zeros());
-            prefetch_stretch(rows, columns.end);
-            multiply(panel, &steps, shift, &columns, x, out);
+            prefetch_stretch::<_MM_HINT_T1>(rows, columns.end);
+            multiply(panel, &steps, shift, rows, &columns, x, out);
             if damaged != 0 {
                 for (r, sum) in out.iter_mut().flat_map(|out| out.iter_mut().enumerate()) {
                     if damaged >> r & 1 == 1 {
@@ -118,7 +118,8 @@ fn tile_rows<B: Fill>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TIL
 /// next pieces would be waited for when the next panel is filled. At the end of the rows it
 /// asks for the beginning of those that follow them, which mostly are the next tile.
 #[inline]
-fn prefetch_stretch(rows: Rows<'_>, column: usize) {
+#[target_feature(enable = "avx512f")]
+fn prefetch_stretch<const HINT: i32>(rows: Rows<'_>, column: usize) {
     let bytes = |columns: usize| columns / rows.kind.block_len() * rows.kind.block_bytes();
     let (first, start) = if column < rows.cols {
         (0, column)
@@ -129,8 +130,8 @@ fn prefetch_stretch(rows: Rows<'_>, column: usize) {
     for r in first..first + rows.len() {
         let row = rows.bytes.as_ptr().wrapping_add(r * rows.stride);
         for line in stretch.clone().step_by(64) {
-            // SAFETY: a prefetch reads nothing and may name any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(line).cast()) };
+            // A prefetch reads nothing and may name any address.
+            _mm_prefetch::<HINT>(row.wrapping_add(line).cast());
         }
     }
 }
@@ -193,18 +194,27 @@ impl Steps {
 static STEP_FACTORS: [f32; Span::STEPS + 1] =
     [1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875, f32::NAN];
 
-/// Adds the products of a panel with all tokens; a weight scale covers `32 / FINE` columns.
+/// Adds the products of a panel with all tokens; a weight scale covers `32 / FINE` columns. What is read next is
+/// asked for on the way: the next tokens' spans, and at the end the stretch of `rows` that the next panel is filled from.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 fn multiply<const FINE: usize, const MINIMA: bool, const FEW: bool>(
     panel: &Panel,
     steps: &Steps,
     shift: Option<u32>,
+    rows: Rows<'_>,
     columns: &Range<usize>,
     x: &[Activation<'_>],
     out: &mut [[f32; TILE_ROWS]],
 ) {
     let spans = columns.start / SCALE_LEN..columns.end / SCALE_LEN;
-    let (mut x, mut out) = (x, out);
+    // After the last token comes the first one's next stretch, or, in the tile that follows, its first.
+    let after = match x.first() {
+        Some(first) if spans.end < first.spans.len() => {
+            spans.end..(spans.end + spans.len()).min(first.spans.len())
+        }
+        _ => 0..spans.len(),
+    };
+    let (all, mut x, mut out) = (x, x, out);
     while !x.is_empty() {
         // The last two blocks share what is left: one of a single token would leave the pipes waiting.
         let tokens = match x.len() {
@@ -213,6 +223,12 @@ fn multiply<const FINE: usize, const MINIMA: bool, const FEW: bool>(
         };
         let (now, later) = x.split_at(tokens);
         let (sums, sums_later) = out.split_at_mut(now.len());
+        let (next, next_spans) = if later.is_empty() {
+            prefetch_stretch::<_MM_HINT_T0>(rows, columns.end);
+            (all, &after)
+        } else {
+            (later, &spans)
+        };
         macro_rules! with {
             ($($tokens:literal)*) => {
                 match now.len() {
@@ -221,8 +237,12 @@ fn multiply<const FINE: usize, const MINIMA: bool, const FEW: bool>(
                         for (some, x) in some.iter_mut().zip(now) {
                             *some = &x.spans[spans.clone()];
                         }
+                        let mut soon = [std::ptr::null(); $tokens];
+                        for (soon, x) in soon.iter_mut().zip(next) {
+                            *soon = x.spans[next_spans.clone()].as_ptr();
+                        }
                         let sums = sums.try_into().expect("as many");
-                        block::<$tokens, FINE, MINIMA, FEW>(panel, steps, shift, some, sums)
+                        block::<$tokens, FINE, MINIMA, FEW>(panel, steps, shift, some, soon, sums)
                     })*
                     _ => unreachable!("blocks hold up to six tokens"),
                 }
@@ -233,7 +253,7 @@ fn multiply<const FINE: usize, const MINIMA: bool, const FEW: bool>(
     }
 }
 
-/// The innermost loops, for `T` tokens.
+/// The innermost loops, for `T` tokens; the spans that begin at `next` are asked for.
 #[inline(never)] // a function of its own keeps the registers for these loops
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 fn block<const T: usize, const FINE: usize, const MINIMA: bool, const FEW: bool>(
@@ -241,6 +261,7 @@ fn block<const T: usize, const FINE: usize, const MINIMA: bool, const FEW: bool>
     steps: &Steps,
     shift: Option<u32>,
     x: [&[Span]; T],
+    next: [*const Span; T],
     out: &mut [[f32; TILE_ROWS]; T],
 ) {
     let spans = x[0].len();
@@ -262,6 +283,12 @@ fn block<const T: usize, const FINE: usize, const MINIMA: bool, const FEW: bool>
             )
         };
         let half = g % FINE;
+        if half == 0 {
+            for next in next {
+                // A prefetch reads nothing and may name any address.
+                _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(g / FINE).cast());
+            }
+        }
         let mut dots = [[_mm512_setzero_si512(); 2]; T];
         if let Some(shift) = shift {
             let shift = _mm_cvtsi32_si128(shift as i32);

@@ -111,16 +111,8 @@ pub fn feed_forward(
         layer.gate(&portion.gates, x, hidden);
         layer.down(&portion.downs, hidden, x.len(), residual);
     }
-    if !corrections.is_empty() {
-        add_down(
-            pool,
-            kernels,
-            corrections,
-            routes,
-            hidden,
-            &mut residual[..x.len() * x.cols()],
-        );
-    }
+    let residual = &mut residual[..x.len() * x.cols()];
+    add_down(pool, kernels, corrections, routes, hidden, residual);
     Ok(())
 }
 

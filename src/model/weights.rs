@@ -126,9 +126,7 @@ impl Weights {
             experts,
         })
     }
-}
 
-impl Weights {
     /// The same weights over the same memory, but for matrices in whose place `visit` puts others. It sees all that may
     /// be quantized, by name, those of several experts by the same; a tied head follows the embedding. `None`, and
     /// nothing is visited, where experts are not all in memory.

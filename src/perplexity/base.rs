@@ -17,7 +17,7 @@
 //! On disk it is a GGUF file of F32 tensors (token ids too: they are below 2²⁴), with the texts'
 //! tokens, so that nobody compares with another text by mistake.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use super::{Chunks, LogSoftmax, Position, Scored, Tally, score};
 use crate::engine::{self, Engine};
-use crate::gguf::{self, Gguf, Layout, Metadata, TensorDecl, Value, Writer};
+use crate::gguf::{self, Gguf, Metadata, TensorDecl, Value};
 use crate::quant::BlockType;
 use crate::threads::Pool;
 
@@ -176,40 +176,26 @@ impl Base {
         }
         let texts = Value::U32(self.texts.len() as u32);
         meta.insert("fewbit.base.texts", texts);
-        let mut decls = Vec::new();
-        for (index, kept) in self.texts.iter().enumerate() {
-            let mut declare = |what: &str, shape: Vec<usize>| {
-                decls.push(TensorDecl {
+        let tokens: Vec<Vec<f32>> = self
+            .texts
+            .iter()
+            .map(|kept| kept.tokens.iter().map(|&token| token as f32).collect())
+            .collect();
+        let mut tensors: Vec<(TensorDecl, &[u8])> = Vec::new();
+        for (index, (kept, tokens)) in self.texts.iter().zip(&tokens).enumerate() {
+            let mut add = |what: &str, shape: Vec<usize>, values| {
+                let decl = TensorDecl {
                     name: format!("text.{index}.{what}"),
                     kind: BlockType::F32,
                     shape,
-                });
+                };
+                tensors.push((decl, bytemuck::cast_slice(values)));
             };
-            declare("tokens", vec![kept.tokens.len()]);
-            declare("positions", vec![RECORD, kept.records.len() / RECORD]);
+            add("tokens", vec![tokens.len()], tokens);
+            let positions = kept.records.len() / RECORD;
+            add("positions", vec![RECORD, positions], &kept.records);
         }
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(".partial");
-        let partial = PathBuf::from(partial);
-        let write = || {
-            let mut writer = Writer::create(&partial, Layout::new(&meta, &decls)?)?;
-            for kept in &self.texts {
-                let tokens: Vec<f32> = kept.tokens.iter().map(|&token| token as f32).collect();
-                writer.write(bytemuck::cast_slice(&tokens))?;
-                writer.write(bytemuck::cast_slice(&kept.records))?;
-            }
-            writer.finish()?;
-            fs::rename(&partial, path).map_err(|source| Error::Io {
-                file: path.to_owned(),
-                action: "rename the finished file",
-                source,
-            })
-        };
-        let done = write();
-        if done.is_err() {
-            let _ = fs::remove_file(&partial); // the error says more than that this failed
-        }
-        done
+        Ok(gguf::write_whole(path, &meta, &tensors)?)
     }
 
     /// Reads what [`save`](Self::save) wrote.

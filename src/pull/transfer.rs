@@ -9,6 +9,7 @@ use ureq::http::{HeaderMap, StatusCode, header};
 
 use super::http::{Http, text};
 use super::{Error, Wanted, Watch};
+use crate::gguf::with_suffix;
 
 /// Bytes that are read at a time.
 const PIECE: usize = 1 << 20;
@@ -26,7 +27,7 @@ pub(super) struct Got {
 pub(super) fn check_room(folder: &Path, wanted: &[Wanted]) -> Result<(), Error> {
     let missing = |wanted: &Wanted| {
         let path = folder.join(&wanted.path);
-        let there = [path.clone(), beside(&path, PART)].map(|path| length(&path));
+        let there = [path.clone(), with_suffix(&path, PART)].map(|path| length(&path));
         let there = there.into_iter().flatten().max().unwrap_or(0);
         wanted.bytes.unwrap_or(0).saturating_sub(there)
     };
@@ -59,12 +60,6 @@ fn free(folder: &Path) -> Option<u64> {
 const PART: &str = ".part";
 /// Beside a part: what its server calls this state of the file, so that a later run does not go on with another one.
 const STATE: &str = ".part.etag";
-
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
 
 fn length(path: &Path) -> Option<u64> {
     fs::metadata(path).ok().map(|about| about.len())
@@ -169,7 +164,7 @@ struct Part {
 impl Part {
     /// The part beside `target`, what an earlier run left included.
     fn open(target: &Path) -> Result<Self, Error> {
-        let (path, state) = (beside(target, PART), beside(target, STATE));
+        let (path, state) = (with_suffix(target, PART), with_suffix(target, STATE));
         let mut file = OpenOptions::new()
             .create(true)
             .truncate(false)

@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use fewbit::gguf::with_suffix;
 use fewbit::quant::BlockType;
 use indicatif::ProgressBar;
 
@@ -22,7 +23,6 @@ use crate::config::ModelConfig;
 use crate::disk;
 use crate::encode::Job;
 use crate::error::{Error, Result};
-use crate::journal::with_suffix;
 use shards::{Shards, Stored};
 
 /// Bytes of weights in a file at most, but for a tensor that alone has more: what transformers writes.

@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::Path;
 
+use fewbit::gguf::with_suffix;
 use fewbit::gguf::{self, Array, Metadata, TensorDecl, Value, write_whole};
 use fewbit::quant::BlockType;
 use fewbit_convert::Options;
-use fewbit_convert::journal::with_suffix;
 use fewbit_convert::recipe::Mix;
 use safetensors::Dtype;
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Command;
 
-use fewbit_convert::journal::with_suffix;
+use fewbit::gguf::with_suffix;
 use fewbit_convert::recipe::Mix;
 use fewbit_convert::{Error, Options};
 use safetensors::Dtype;

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use fewbit::gguf::with_suffix;
 use fewbit_convert::Options;
-use fewbit_convert::journal::with_suffix;
 use fewbit_convert::recipe::Mix;
 use safetensors::Dtype;
 

@@ -9,6 +9,7 @@ use anyhow::Context;
 
 use super::plot::Plot;
 use crate::cli::common::Usage;
+use crate::gguf::with_suffix;
 
 /// What a report may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,9 +61,7 @@ impl Report {
             "{}: is a folder; name a file for the report",
             path.display()
         );
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(".partial");
-        let partial = PathBuf::from(partial);
+        let partial = with_suffix(path, ".partial");
         let file = File::create(&partial).with_context(|| cannot_write(path))?;
         let path = path.to_owned();
         Ok(Self {
