@@ -329,6 +329,16 @@ tmux resize-window -t chat -x 100 -y 30
 type_line "/quit"
 see '\(ended with 0\)'
 
+step "ended by a signal in the middle of an answer, the terminal shows again what is typed"
+start 100 --temp 0 -n 1000 --logit-bias 2-inf
+see '^>'
+type_line "Tell me a long story about a ship."
+grows
+kill -TERM "$(pgrep -P "$(tmux list-panes -t chat -F '#{pane_pid}')")"
+see '\(ended with 143\)'
+type_line "echoed"
+see '^echoed$' 2
+
 step "a dumb terminal"
 environment=TERM=dumb
 start 100 --temp 0 -n 24

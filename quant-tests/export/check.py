@@ -5,9 +5,11 @@ usage: check.py FOLDER
 FOLDER is `fewbit-convert export` of the fixture. transformers must read its configuration as the fixture's
 and tokenize as sentencepiece did for golden/tiny-mixtral-tokens.json; a Mixtral in numpy, over the weights as
 safetensors reads them, must give the logits that transformers gave for the fixture (golden/tiny-mixtral-logits).
-No torch is needed. Exit code 1 if something differs.
+No torch is needed; where it is installed, transformers' own model class must load the folder and give them too.
+Exit code 1 if something differs.
 """
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -82,6 +84,24 @@ def forward(c, w, tokens):
     return norm(x, w["model.norm.weight"], eps) @ w["lm_head.weight"].T
 
 
+def model_of(folder):
+    """Logits after each token as transformers' model class computes them, or None without torch."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", output_loading_info=True)
+    if any(loading.values()):
+        sys.exit(f"{folder}: {loading}")
+
+    def logits(tokens):
+        with torch.no_grad():
+            return model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].numpy()
+
+    return logits
+
+
 def main():
     folder = Path(sys.argv[1])
     wrong = 0
@@ -110,13 +130,16 @@ def main():
     print(f"{len(samples)} texts tokenized")
 
     w = weights(folder)
+    forwards = {"in numpy": lambda tokens: forward(config, w, tokens), "transformers": model_of(folder)}
     with safe_open(FIXTURES / "golden/tiny-mixtral-logits.safetensors", framework="np") as file:
         for language in ("en", "fr", "de", "es", "it"):
             tokens = file.get_tensor(f"{language}.tokens")
-            logits = forward(config, w, tokens)
-            difference = np.abs(logits - file.get_tensor(f"{language}.logits")).max()
-            print(f"{language}: {len(tokens)} tokens, largest difference of a logit {difference:.1e}")
-            wrong += difference > LIMIT
+            for name, logits_of in forwards.items():
+                if logits_of is None:
+                    continue
+                difference = np.abs(logits_of(tokens) - file.get_tensor(f"{language}.logits")).max()
+                print(f"{language}, {name}: {len(tokens)} tokens, largest difference of a logit {difference:.1e}")
+                wrong += not difference <= LIMIT
     sys.exit(1 if wrong else 0)
 
 
