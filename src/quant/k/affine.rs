@@ -6,7 +6,7 @@ use super::pack::ScalesAndMins8;
 use super::search::{AffineGrid, fit_affine, fit_scales};
 use super::{ABREAST, SUPER_BLOCK, Super, round_to_line, share_of_max, sub_blocks};
 use crate::quant::F16;
-use crate::quant::search::{importance_weights, sum_of_lanes, transposed};
+use crate::quant::search::{importance_weights, sum_of_lanes, sum_of_squares, transposed};
 
 /// The highest 6-bit scale or minimum.
 pub(super) const MAX_SCALE: u8 = 63;
@@ -61,12 +61,7 @@ impl Affine8 {
     ) -> [Self; ABREAST] {
         let subs = sub_blocks_of(x);
         let (lanes, importance) = (transposed(&subs), transposed(&sub_blocks_of(importance)));
-        let mut squares = [0.0; ABREAST];
-        for j in 0..SUPER_BLOCK {
-            for i in 0..ABREAST {
-                squares[i] += x[i][j] * x[i][j];
-            }
-        }
+        let squares: [f32; ABREAST] = each!(i: ABREAST => sum_of_squares(x[i]));
         let variance: [f32; LANES] = each!(s: LANES => 2.0 * squares[s / 8] / SUPER_BLOCK as f32);
         let weights: [[f32; LANES]; 32] =
             each!(i: 32 => importance_weights(&lanes[i], &importance[i], &variance));
