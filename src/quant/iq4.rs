@@ -15,38 +15,16 @@ pub const IQ4_VALUES: [i8; 16] = [
     -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
 ];
 
-/// Where the nearest value changes around a whole number.
-#[derive(Clone, Copy)]
-struct Cell {
-    /// Index of the nearest value below `middle`; from there on it is the next one.
-    index: u8,
-    /// The middle between two values, if it is less than one away, or infinity.
-    middle: f32,
-}
-
-/// By the low byte of a whole number. Values are at least eleven apart, so that no cell holds
-/// two middles.
-const CELLS: [Cell; 256] = {
-    let mut cells = [Cell {
-        index: 0,
-        middle: f32::INFINITY,
-    }; 256];
-    let mut number = -128;
-    while number < 128 {
-        let cell = &mut cells[(number as u8) as usize];
-        let mut i = 0;
-        while i < 15 {
-            let middle = (IQ4_VALUES[i] as f32 + IQ4_VALUES[i + 1] as f32) / 2.0;
-            if middle <= number as f32 - 1.0 {
-                cell.index = i as u8 + 1;
-            } else if middle < number as f32 + 1.0 {
-                cell.middle = middle;
-            }
-            i += 1;
-        }
-        number += 1;
+/// Where the nearest value changes from one to the next, and by how much.
+const STEPS: [(f32, f32); 15] = {
+    let mut steps = [(0.0, 0.0); 15];
+    let mut i = 0;
+    while i < 15 {
+        let (low, high) = (IQ4_VALUES[i] as f32, IQ4_VALUES[i + 1] as f32);
+        steps[i] = ((low + high) / 2.0, high - low);
+        i += 1;
     }
-    cells
+    steps
 };
 
 /// 32 weights of 4 bits: `w = d·value[q]`.
@@ -95,21 +73,31 @@ fn decode_group(scale: f32, qs: &[u8; 16], weights: &mut [f32]) {
     }
 }
 
-/// Index of the value nearest to `x`, the upper one of two as near.
+/// Index of the value nearest to `x`, the upper one of two as near; the highest for a NaN. Comparisons, since vectors have no tables.
 #[inline(always)]
 fn nearest_index(x: f32) -> u8 {
-    let (lowest, highest) = (f32::from(IQ4_VALUES[0]), f32::from(IQ4_VALUES[15]));
-    let x = if x < highest { x } else { highest };
-    let x = if x > lowest { x } else { lowest };
-    let cell = CELLS[usize::from(nearest_int(x) as u8)];
-    cell.index + u8::from(x >= cell.middle)
+    let mut index = 0;
+    for (middle, _) in STEPS {
+        index += if x < middle { 0 } else { 1 };
+    }
+    index
+}
+
+/// The value at [`nearest_index`]; whole numbers, so that the sum is exact.
+#[inline(always)]
+fn nearest_value(x: f32) -> f32 {
+    let mut value = f32::from(IQ4_VALUES[0]);
+    for (middle, step) in STEPS {
+        value += if x < middle { 0.0 } else { step };
+    }
+    value
 }
 
 /// Indices of 32 weights at a scale, packed.
 #[inline(always)]
 fn encode_group(scale: f32, x: &[f32; 32]) -> [u8; 16] {
     let inverse_scale = inverse(scale);
-    pack_nibbles(&x.map(|x| nearest_index(inverse_scale * x)))
+    pack_nibbles(&each!(i: 32 => nearest_index(inverse_scale * x[i])))
 }
 
 /// The scale of 32 weights with the least weighted error: the largest weight is put at −127 as
@@ -123,19 +111,15 @@ fn group_scale(x: &[f32; 32], weights: &[f32; 32]) -> f32 {
         return 0.0;
     }
     let lowest = f32::from(IQ4_VALUES[0]);
-    let inverse_scales: [f32; LANES] = std::array::from_fn(|lane| match lane {
+    let inverse_scales: [f32; LANES] = each!(lane: LANES => match lane {
         0 => 1.0 / (-largest / lowest),
         _ => (lane as f32 - 8.0 + lowest) / largest,
     });
     let mut sum_wqx = [0.0; LANES];
     let mut sum_wqq = [0.0; LANES];
     for (&x, &w) in x.iter().zip(weights) {
-        let values = inverse_scales.map(|inverse_scale| {
-            let index = nearest_index(inverse_scale * x);
-            f32::from(IQ4_VALUES[usize::from(index & 15)])
-        });
         for lane in 0..LANES {
-            let q = values[lane];
+            let q = nearest_value(inverse_scales[lane] * x);
             let wq = w * q;
             sum_wqx[lane] += wq * x;
             sum_wqq[lane] += wq * q;
@@ -162,10 +146,10 @@ fn group_scales<const GROUPS: usize>(
 ) -> [f32; GROUPS] {
     let x_flat = x.as_flattened();
     let variance = sum_of_squares(x_flat) * (2.0 / x_flat.len() as f32);
-    std::array::from_fn(|i| {
+    each!(i: GROUPS => {
         let weights = match importance {
-            Some(importance) => importance_weights(&x[i], &importance[i], variance),
-            None => x[i].map(|x| x * x),
+            Some(importance) => importance_weights(&x[i], &importance[i], &[variance; 32]),
+            None => each!(j: 32 => x[i][j] * x[i][j]),
         };
         group_scale(&x[i], &weights)
     })
@@ -200,10 +184,16 @@ impl Block for BlockIQ4NL {
 impl Encode for BlockIQ4NL {
     #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_each(row, importance, blocks, |[x], [d]| BlockIQ4NL {
-            d: F16::from_f32(d),
-            qs: encode_group(d, x),
-        });
+        encode_each(
+            row,
+            importance,
+            blocks,
+            #[inline(always)]
+            |[x], [d]| BlockIQ4NL {
+                d: F16::from_f32(d),
+                qs: encode_group(d, x),
+            },
+        );
     }
 }
 

@@ -7,9 +7,10 @@ use std::array::from_fn;
 use bytemuck::{Pod, Zeroable};
 
 use super::float::F16;
-use super::k::{AffineFits, AffineGrid, fit_affine};
+use super::k::{AffineGrid, fit_affine};
 use super::search::{
-    fit_symmetric, importance_weights, inverse, largest_magnitude, sum_of_squares, truncate,
+    fit_symmetric, importance_weights, inverse, largest_magnitude, sum_of_squares, transposed,
+    truncate,
 };
 use super::{Block, BlockType, Encode};
 
@@ -112,7 +113,7 @@ const _: () = assert!(
 /// Packs the low four bits of 32 levels.
 #[inline(always)]
 pub(super) fn pack_nibbles(levels: &[u8; LEN]) -> [u8; LEN / 2] {
-    from_fn(|j| (levels[j] & 15) | levels[j + 16] << 4)
+    each!(j: 16 => (levels[j] & 15) | levels[j + 16] << 4)
 }
 
 /// The 32 levels that [`pack_nibbles`] packed.
@@ -162,7 +163,7 @@ fn round_symmetric(half: i8, x: &[f32; LEN]) -> (F16, [u8; LEN]) {
     let d = largest_magnitude(x) / f32::from(-half);
     let id = inverse(d);
     let middle = f32::from(half) + 0.5;
-    let levels = x.map(|x| (truncate(x * id + middle) as i8).min(2 * half - 1) as u8);
+    let levels = each!(i: LEN => (truncate(x[i] * id + middle) as i8).min(2 * half - 1) as u8);
     (F16::from_f32(d), levels)
 }
 
@@ -174,12 +175,12 @@ fn round_affine(top: i8, x: &[f32; LEN]) -> (F16, F16, [u8; LEN]) {
     });
     let d = (max - min) / f32::from(top);
     let id = inverse(d);
-    let levels = x.map(|x| (truncate((x - min) * id + 0.5) as i8).min(top) as u8);
+    let levels = each!(i: LEN => (truncate((x[i] - min) * id + 0.5) as i8).min(top) as u8);
     (F16::from_f32(d), F16::from_f32(min), levels)
 }
 
 /// Encodes block by block by a scale. `make` gets the scale and the levels: those of [`round_symmetric`] without importance, with it those
-/// of a search for the least weighted error.
+/// of a search for the least weighted error, over [`ABREAST`] blocks at once.
 #[inline(always)]
 fn encode_symmetric<B>(
     half: i8,
@@ -188,22 +189,29 @@ fn encode_symmetric<B>(
     blocks: &mut [B],
     make: impl Fn(F16, [u8; LEN]) -> B,
 ) {
-    let (rows, _) = row.as_chunks();
-    let importance = importance.map(|importance| (importance.as_chunks().0, variance(row)));
-    for (i, (block, x)) in blocks.iter_mut().zip(rows).enumerate() {
-        let (d, levels) = match importance {
-            None => round_symmetric(half, x),
-            Some((importance, variance)) => {
-                let weights = importance_weights(x, &importance[i], variance);
-                let (d, levels) = fit_symmetric(x, &weights, half);
-                (F16::from_f32(d), levels)
-            }
-        };
-        *block = make(d, levels);
+    let Some(importance) = importance else {
+        for (block, x) in blocks.iter_mut().zip(row.as_chunks().0) {
+            let (d, levels) = round_symmetric(half, x);
+            *block = make(d, levels);
+        }
+        return;
+    };
+    let variance = [variance(row); ABREAST];
+    let rows = row.as_chunks().0.chunks(ABREAST);
+    let importance = importance.as_chunks().0.chunks(ABREAST);
+    for (blocks, (x, importance)) in blocks.chunks_mut(ABREAST).zip(rows.zip(importance)) {
+        let lanes = lanes_of(x);
+        let importance = lanes_of(importance);
+        let weights: [_; LEN] =
+            each!(i: LEN => importance_weights(&lanes[i], &importance[i], &variance));
+        let fits = fit_symmetric(&lanes, &weights, half);
+        for (j, (block, x)) in blocks.iter_mut().zip(x).enumerate() {
+            *block = make(F16::from_f32(fits.scales[j]), fits.levels(j, x));
+        }
     }
 }
 
-/// The same by a scale and a minimum, [`round_affine`] without importance. The search goes over [`ABREAST`] blocks at once.
+/// The same by a scale and a minimum, [`round_affine`] without importance.
 #[inline(always)]
 fn encode_affine<B>(
     top: i8,
@@ -212,34 +220,35 @@ fn encode_affine<B>(
     blocks: &mut [B],
     make: impl Fn(F16, F16, [u8; LEN]) -> B,
 ) {
-    let rows = row.as_chunks().0.chunks(ABREAST);
-    let importance = importance.map(|importance| (importance.as_chunks().0, variance(row)));
-    for (i, (blocks, x)) in blocks.chunks_mut(ABREAST).zip(rows).enumerate() {
-        // A row's last blocks may be fewer; the first of them fills the other lanes.
-        let lane = |j: usize| if j < x.len() { j } else { 0 };
-        let lines: [_; ABREAST] = match importance {
-            None => from_fn(|j| round_affine(top, &x[lane(j)])),
-            Some((importance, variance)) => {
-                let grid = AffineGrid::weighted(top as u8);
-                let importance = &importance[i * ABREAST..];
-                let xs: [[f32; LEN]; ABREAST] = from_fn(|j| x[lane(j)]);
-                let weights =
-                    from_fn(|j| importance_weights(&xs[j], &importance[lane(j)], variance));
-                let fits: AffineFits<LEN, ABREAST> = fit_affine(&xs, &weights, &grid);
-                let scalar = F16::from_f32;
-                from_fn(|j| {
-                    (
-                        scalar(fits.scales[j]),
-                        scalar(-fits.mins[j]),
-                        fits.levels[j],
-                    )
-                })
-            }
-        };
-        for (block, (d, m, levels)) in blocks.iter_mut().zip(lines) {
+    let Some(importance) = importance else {
+        for (block, x) in blocks.iter_mut().zip(row.as_chunks().0) {
+            let (d, m, levels) = round_affine(top, x);
             *block = make(d, m, levels);
         }
+        return;
+    };
+    let grid = AffineGrid::weighted(top as u8);
+    let variance = [variance(row); ABREAST];
+    let rows = row.as_chunks().0.chunks(ABREAST);
+    let importance = importance.as_chunks().0.chunks(ABREAST);
+    for (blocks, (x, importance)) in blocks.chunks_mut(ABREAST).zip(rows.zip(importance)) {
+        let lanes = lanes_of(x);
+        let importance = lanes_of(importance);
+        let weights: [_; LEN] =
+            each!(i: LEN => importance_weights(&lanes[i], &importance[i], &variance));
+        let fits = fit_affine(&lanes, &weights, &grid);
+        for (j, (block, x)) in blocks.iter_mut().zip(x).enumerate() {
+            let (d, m) = (F16::from_f32(fits.scales[j]), F16::from_f32(-fits.mins[j]));
+            *block = make(d, m, fits.levels(j, x));
+        }
     }
+}
+
+/// Blocks side by side, [`ABREAST`] at most; where there are fewer, the first of them fills the other lanes.
+#[inline(always)]
+fn lanes_of(blocks: &[[f32; LEN]]) -> [[f32; ABREAST]; LEN] {
+    let all = each!(j: ABREAST => blocks[if j < blocks.len() { j } else { 0 }]);
+    transposed(&all)
 }
 
 /// Mean square of a row.
@@ -249,7 +258,7 @@ fn variance(row: &[f32]) -> f32 {
 }
 
 /// Blocks whose searches go in step, a lane each.
-const ABREAST: usize = 8;
+const ABREAST: usize = 16;
 
 impl Block for BlockQ4_0 {
     const TYPE: BlockType = BlockType::Q4_0;
@@ -264,10 +273,17 @@ impl Block for BlockQ4_0 {
 impl Encode for BlockQ4_0 {
     #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_symmetric(8, row, importance, blocks, |d, levels| BlockQ4_0 {
-            d,
-            qs: pack_nibbles(&levels),
-        });
+        encode_symmetric(
+            8,
+            row,
+            importance,
+            blocks,
+            #[inline(always)]
+            |d, levels| BlockQ4_0 {
+                d,
+                qs: pack_nibbles(&levels),
+            },
+        );
     }
 }
 
@@ -284,11 +300,18 @@ impl Block for BlockQ4_1 {
 impl Encode for BlockQ4_1 {
     #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_affine(15, row, importance, blocks, |d, m, levels| BlockQ4_1 {
-            d,
-            m,
-            qs: pack_nibbles(&levels),
-        });
+        encode_affine(
+            15,
+            row,
+            importance,
+            blocks,
+            #[inline(always)]
+            |d, m, levels| BlockQ4_1 {
+                d,
+                m,
+                qs: pack_nibbles(&levels),
+            },
+        );
     }
 }
 
@@ -305,11 +328,18 @@ impl Block for BlockQ5_0 {
 impl Encode for BlockQ5_0 {
     #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_symmetric(16, row, importance, blocks, |d, levels| BlockQ5_0 {
-            d,
-            qh: pack_fifth_bits(&levels),
-            qs: pack_nibbles(&levels),
-        });
+        encode_symmetric(
+            16,
+            row,
+            importance,
+            blocks,
+            #[inline(always)]
+            |d, levels| BlockQ5_0 {
+                d,
+                qh: pack_fifth_bits(&levels),
+                qs: pack_nibbles(&levels),
+            },
+        );
     }
 }
 
@@ -326,12 +356,19 @@ impl Block for BlockQ5_1 {
 impl Encode for BlockQ5_1 {
     #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_affine(31, row, importance, blocks, |d, m, levels| BlockQ5_1 {
-            d,
-            m,
-            qh: pack_fifth_bits(&levels),
-            qs: pack_nibbles(&levels),
-        });
+        encode_affine(
+            31,
+            row,
+            importance,
+            blocks,
+            #[inline(always)]
+            |d, m, levels| BlockQ5_1 {
+                d,
+                m,
+                qh: pack_fifth_bits(&levels),
+                qs: pack_nibbles(&levels),
+            },
+        );
     }
 }
 
@@ -357,7 +394,7 @@ impl Encode for BlockQ8_0 {
             let id = inverse(d);
             *block = BlockQ8_0 {
                 d: F16::from_f32(d),
-                qs: x.map(|x| round_half_away(x * id) as i8),
+                qs: each!(i: LEN => round_half_away(x[i] * id) as i8),
             };
         }
     }

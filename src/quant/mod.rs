@@ -14,6 +14,18 @@ use std::str::FromStr;
 
 use multiversion::multiversion;
 
+/// An array by index: `each!(i: 32 => x[i] * x[i])`. Unlike `array::map` and `from_fn`, whose closures are functions of their own, this
+/// is compiled for the vectors of the function that it stands in ([`encode_blocks`]).
+macro_rules! each {
+    ($i:ident: $len:expr => $value:expr) => {{
+        let mut all = [bytemuck::Zeroable::zeroed(); $len];
+        for ($i, place) in all.iter_mut().enumerate() {
+            *place = $value;
+        }
+        all
+    }};
+}
+
 mod float;
 mod iq4;
 mod k;
@@ -130,7 +142,10 @@ fn encode_row<B: Encode>(row: &[f32], importance: Option<&[f32]>, bytes: &mut [u
 /// [`Encode::encode_row`], compiled once more for wide vectors. The searches go in step over lanes, each of which
 /// adds in its own order, so the bits are the same; products and sums are never contracted. Everything on the way
 /// down is inlined by force: what were called would be compiled for the narrowest vectors.
-#[multiversion(targets("x86_64+avx+avx2+bmi1+bmi2+f16c"))]
+#[multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx+avx2+bmi1+bmi2+f16c",
+    "x86_64+avx+avx2+bmi1+bmi2+f16c"
+))]
 fn encode_blocks<B: Encode>(row: &[f32], importance: Option<&[f32]>, blocks: &mut [B]) {
     B::encode_row(row, importance, blocks);
 }

@@ -37,7 +37,9 @@ pub use q3::BlockQ3K;
 pub use q4::BlockQ4K;
 pub use q5::BlockQ5K;
 pub use q6::BlockQ6K;
-pub(super) use search::{AffineFits, AffineGrid, fit_affine};
+pub(super) use search::{AffineGrid, fit_affine};
+
+use std::array::from_fn;
 
 use super::F16;
 use super::search::nearest_int;
@@ -71,6 +73,40 @@ fn encode_each<B>(
     }
 }
 
+/// Super-blocks that [`encode_abreast`] takes at once: with eight sub-blocks each they fill the widest vectors.
+const ABREAST: usize = 2;
+
+/// Encodes a row, [`ABREAST`] super-blocks at a time.
+#[inline(always)]
+fn encode_abreast<B>(
+    row: &[f32],
+    importance: Option<&[f32]>,
+    blocks: &mut [B],
+    encode: impl Fn([&Super<f32>; ABREAST], Option<[&Super<f32>; ABREAST]>) -> [B; ABREAST],
+) {
+    assert_eq!(
+        row.len(),
+        blocks.len() * SUPER_BLOCK,
+        "the blocks hold the row"
+    );
+    let importance = importance.map(|importance| {
+        assert_eq!(importance.len(), row.len(), "one importance a weight");
+        importance.as_chunks().0
+    });
+    let rows: &[Super<f32>] = row.as_chunks().0;
+    for (i, blocks) in blocks.chunks_mut(ABREAST).enumerate() {
+        // A row's last blocks may be fewer; the first of them stands in for the others.
+        let at: [usize; ABREAST] = from_fn(|j| ABREAST * i + if j < blocks.len() { j } else { 0 });
+        let encoded = encode(
+            at.map(|at| &rows[at]),
+            importance.map(|importance| at.map(|at| &importance[at])),
+        );
+        for (block, encoded) in blocks.iter_mut().zip(encoded) {
+            *block = encoded;
+        }
+    }
+}
+
 /// The stripes of a block that is to be decoded into `weights`.
 fn stripes_mut(weights: &mut [f32]) -> &mut [[f32; 32]] {
     assert_eq!(weights.len(), SUPER_BLOCK, "a super-block has 256 weights");
@@ -86,23 +122,17 @@ fn sub_blocks<'a, const N: usize>(
     x.as_chunks().0.iter().zip(levels.as_chunks_mut().0)
 }
 
-/// Σx, added in order.
-#[inline(always)]
-fn sum(x: &[f32]) -> f32 {
-    x.iter().fold(0.0, |sum, x| sum + x)
-}
-
 /// Rounds weights to the levels of the line `scale·q − min`.
 #[inline(always)]
 fn round_to_line<const N: usize>(x: &[f32; N], scale: f32, min: f32, max_level: u8) -> [u8; N] {
-    x.map(|x| nearest_int((x + min) / scale).clamp(0, i32::from(max_level)) as u8)
+    each!(i: N => nearest_int((x[i] + min) / scale).clamp(0, i32::from(max_level)) as u8)
 }
 
 /// Rounds weights to `scale·q` with `q` in `−half..half`; the levels are `q + half`.
 #[inline(always)]
 fn round_to_scale<const N: usize>(x: &[f32; N], scale: f32, half: i8) -> [u8; N] {
     let half = i32::from(half);
-    x.map(|x| (nearest_int(x / scale).clamp(-half, half - 1) + half) as u8)
+    each!(i: N => (nearest_int(x[i] / scale).clamp(-half, half - 1) + half) as u8)
 }
 
 /// Writes values as whole shares of their maximum: the unit is `max / max_level`.
@@ -117,5 +147,5 @@ fn share_of_max<const N: usize>(values: &[f32; N], max_level: u8) -> (F16, [u8; 
         0.0
     };
     let unit = F16::from_f32(max / f32::from(max_level));
-    (unit, values.map(|v| nearest_int(per_unit * v) as u8))
+    (unit, each!(i: N => nearest_int(per_unit * values[i]) as u8))
 }

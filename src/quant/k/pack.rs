@@ -34,12 +34,11 @@ impl ScalesAndMins8 {
     /// The scales and the minima.
     #[inline(always)]
     pub fn unpack(&self) -> ([u8; 8], [u8; 8]) {
-        let each: [(u8, u8); 8] = std::array::from_fn(|i| self.get(i));
-        (each.map(|(scale, _)| scale), each.map(|(_, min)| min))
+        (each!(i: 8 => self.get(i).0), each!(i: 8 => self.get(i).1))
     }
 
     /// Scale and minimum `i`.
-    #[inline]
+    #[inline(always)]
     pub fn get(&self, i: usize) -> (u8, u8) {
         let [a, b, c] = [self.0[i % 4], self.0[4 + i % 4], self.0[8 + i % 4]];
         if i < 4 {
@@ -77,11 +76,11 @@ impl Scales16 {
     /// The scales, from −32 to 31.
     #[inline(always)]
     pub fn unpack(&self) -> [i8; 16] {
-        std::array::from_fn(|i| self.get(i))
+        each!(i: 16 => self.get(i))
     }
 
     /// Scale `i`.
-    #[inline]
+    #[inline(always)]
     pub fn get(&self, i: usize) -> i8 {
         let low = self.0[i % 8] >> (4 * (i / 8)) & 15;
         let high = self.0[8 + i % 4] >> (2 * (i / 4)) & 3;
@@ -93,17 +92,15 @@ impl Scales16 {
 /// stripes `4·h` (lowest) to `4·h + 3` (highest).
 #[inline(always)]
 pub(in crate::quant) fn pack_2_bits(levels: &Super<u8>) -> [u8; 64] {
-    std::array::from_fn(|i| {
-        let first = i / 32 * 128 + i % 32;
-        (0..4).fold(0, |byte, k| byte | (levels[first + 32 * k] & 3) << (2 * k))
-    })
+    let low = |i: usize, k: usize| (levels[i / 32 * 128 + i % 32 + 32 * k] & 3) << (2 * k);
+    each!(i: 64 => low(i, 0) | low(i, 1) | low(i, 2) | low(i, 3))
 }
 
 /// Packs the low four bits of each level, a byte for each pair of weights `DISTANCE` apart: the
 /// first `DISTANCE` bytes hold the first `2 · DISTANCE` weights, and so on.
 #[inline(always)]
 pub(in crate::quant) fn pack_4_bits<const DISTANCE: usize>(levels: &Super<u8>) -> [u8; 128] {
-    std::array::from_fn(|i| {
+    each!(i: 128 => {
         let first = i / DISTANCE * 2 * DISTANCE + i % DISTANCE;
         levels[first] & 15 | levels[first + DISTANCE] << 4
     })
@@ -112,5 +109,11 @@ pub(in crate::quant) fn pack_4_bits<const DISTANCE: usize>(levels: &Super<u8>) -
 /// Packs one bit of each level: bit `j` of byte `l` is bit `bit` of weight `l` of stripe `j`.
 #[inline(always)]
 pub(in crate::quant) fn pack_bit(levels: &Super<u8>, bit: u8) -> [u8; 32] {
-    std::array::from_fn(|l| (0..8).fold(0, |byte, j| byte | (levels[32 * j + l] >> bit & 1) << j))
+    let mut bytes = [0; 32];
+    for j in 0..8 {
+        for l in 0..32 {
+            bytes[l] |= (levels[32 * j + l] >> bit & 1) << j;
+        }
+    }
+    bytes
 }

@@ -1,15 +1,13 @@
 //! Q2_K: 2.625 bits a weight.
 
-use std::array::from_fn;
-
-use bytemuck::{Pod, Zeroable, cast, cast_ref};
+use bytemuck::{Pod, Zeroable, cast_ref};
 
 use super::pack::pack_2_bits;
 use super::search::{AffineGrid, Cost, fit_affine, fit_scales};
 use super::{
-    SUPER_BLOCK, Super, encode_each, round_to_line, share_of_max, stripes_mut, sub_blocks, sum,
+    SUPER_BLOCK, Super, encode_each, round_to_line, share_of_max, stripes_mut, sub_blocks,
 };
-use crate::quant::search::{importance_weights, sum_of_squares};
+use crate::quant::search::{importance_weights, sum_of_lanes, sum_of_squares, transposed};
 use crate::quant::{Block, BlockType, Encode, F16};
 
 /// 256 weights in sixteen sub-blocks of 16, each `d·scale·q − dmin·min` with `q` in `0..4`.
@@ -76,10 +74,16 @@ impl Block for BlockQ2K {
 impl Encode for BlockQ2K {
     #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_each(row, importance, blocks, |x, importance| match importance {
-            None => Self::encode(x),
-            Some(importance) => Self::encode_weighted(x, importance),
-        });
+        encode_each(
+            row,
+            importance,
+            blocks,
+            #[inline(always)]
+            |x, importance| match importance {
+                None => Self::encode(x),
+                Some(importance) => Self::encode_weighted(x, importance),
+            },
+        );
     }
 }
 
@@ -87,29 +91,32 @@ impl BlockQ2K {
     #[inline(always)]
     fn encode(x: &Super<f32>) -> Self {
         let subs: &[[f32; 16]; 16] = cast_ref(x);
-        let weights = subs.map(|x| x.map(f32::abs));
-        let fits = fit_affine(subs, &weights, &GRID);
+        let lanes = transposed(subs);
+        let weights = each!(i: 16 => each!(s: 16 => lanes[i][s].abs()));
+        let fits = fit_affine(&lanes, &weights, &GRID);
         let (d, scales) = share_of_max(&fits.scales, MAX_SCALE);
         let (dmin, mins) = share_of_max(&fits.mins, MAX_SCALE);
-        Self::round(x, d, dmin, &scales, &mins, cast(fits.levels))
+        Self::round(x, d, dmin, &scales, &mins, |j| fits.levels(j, &subs[j]))
     }
 
     #[inline(always)]
     fn encode_weighted(x: &Super<f32>, importance: &Super<f32>) -> Self {
         let (subs, importance): (&[[f32; 16]; 16], &[[f32; 16]; 16]) =
             (cast_ref(x), cast_ref(importance));
-        let variance = sum_of_squares(x) / SUPER_BLOCK as f32;
-        let weights = from_fn(|j| importance_weights(&subs[j], &importance[j], variance));
-        let weight_sums = weights.each_ref().map(|weights| sum(weights));
-        let fits = fit_affine(subs, &weights, &AffineGrid::weighted(GRID.max_level));
+        let variance = [sum_of_squares(x) / SUPER_BLOCK as f32; 16];
+        let (lanes, importance) = (transposed(subs), transposed(importance));
+        let weights: [[f32; 16]; 16] =
+            each!(i: 16 => importance_weights(&lanes[i], &importance[i], &variance));
+        let weight_sums = sum_of_lanes(&weights);
+        let fits = fit_affine(&lanes, &weights, &AffineGrid::weighted(GRID.max_level));
         let (d, scales) = fit_scales(&fits.scales, &weight_sums, MAX_SCALE);
         let (dmin, mins) = fit_scales(&fits.mins, &weight_sums, MAX_SCALE);
         let (d, dmin) = (F16::from_f32(d), F16::from_f32(dmin));
-        Self::round(x, d, dmin, &scales, &mins, cast(fits.levels))
+        Self::round(x, d, dmin, &scales, &mins, |j| fits.levels(j, &subs[j]))
     }
 
     /// Rounds the weights to the lines that the rounded scales and minima draw. Where a scale
-    /// came out as zero the search's levels stay: they decode to the same.
+    /// came out as zero the `searched` levels stay: they decode to the same.
     #[inline(always)]
     fn round(
         x: &Super<f32>,
@@ -117,15 +124,18 @@ impl BlockQ2K {
         dmin: F16,
         scales: &[u8; 16],
         mins: &[u8; 16],
-        mut levels: Super<u8>,
+        searched: impl Fn(usize) -> [u8; 16],
     ) -> Self {
-        let packed: [u8; 16] = from_fn(|i| scales[i] | mins[i] << 4);
-        for ((x, levels), packed) in sub_blocks::<16>(x, &mut levels).zip(&packed) {
+        let mut levels = [0; SUPER_BLOCK];
+        let packed: [u8; 16] = each!(i: 16 => scales[i] | mins[i] << 4);
+        for (j, (x, levels)) in sub_blocks::<16>(x, &mut levels).enumerate() {
+            let packed = packed[j];
             let scale = d.to_f32() * f32::from(packed & 15);
             let min = dmin.to_f32() * f32::from(packed >> 4);
-            if scale != 0.0 {
-                *levels = round_to_line(x, scale, min, GRID.max_level);
-            }
+            *levels = match scale != 0.0 {
+                true => round_to_line(x, scale, min, GRID.max_level),
+                false => searched(j),
+            };
         }
         BlockQ2K {
             scales: packed,

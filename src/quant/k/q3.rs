@@ -1,12 +1,13 @@
 //! Q3_K: 3.4375 bits a weight.
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::{Pod, Zeroable, cast_ref};
 
 use super::pack::{Scales16, pack_2_bits, pack_bit};
 use super::search::fit_by_descent;
-use super::{SUPER_BLOCK, Super, encode_each, round_to_scale, stripes_mut, sub_blocks, sum};
+use super::{SUPER_BLOCK, Super, encode_each, round_to_scale, stripes_mut, sub_blocks};
 use crate::quant::search::{
-    fit_symmetric, importance_weights, largest_magnitude, nearest_int, sum_of_squares,
+    fit_symmetric, importance_weights, largest_magnitude, nearest_int, sum_of_lanes,
+    sum_of_squares, transposed,
 };
 use crate::quant::{Block, BlockType, Encode, F16};
 
@@ -68,58 +69,77 @@ impl Block for BlockQ3K {
 impl Encode for BlockQ3K {
     #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_each(row, importance, blocks, |x, importance| match importance {
-            None => Self::encode(x),
-            Some(importance) => Self::encode_weighted(x, importance),
-        });
+        encode_each(
+            row,
+            importance,
+            blocks,
+            #[inline(always)]
+            |x, importance| match importance {
+                None => Self::encode(x),
+                Some(importance) => Self::encode_weighted(x, importance),
+            },
+        );
     }
 }
 
 impl BlockQ3K {
     #[inline(always)]
     fn encode(x: &Super<f32>) -> Self {
-        let (mut levels, mut scales) = ([0; SUPER_BLOCK], [0.0; 16]);
-        for ((x, levels), scale) in sub_blocks::<16>(x, &mut levels).zip(&mut scales) {
+        let (mut searched, mut scales) = ([0; SUPER_BLOCK], [0.0; 16]);
+        for ((x, levels), scale) in sub_blocks::<16>(x, &mut searched).zip(&mut scales) {
             (*scale, *levels) = fit_by_descent(x, HALF);
         }
+        let (searched, _) = searched.as_chunks();
         // The largest scale becomes −32, which has no positive counterpart.
         let largest = largest_magnitude(&scales);
         if largest == 0.0 {
-            return Self::round(x, F16::from_f32(0.0), &[0; 16], levels);
+            return Self::round(x, F16::from_f32(0.0), &[0; 16], |j| searched[j]);
         }
         let per_unit = f32::from(-HALF_SCALE) / largest;
-        let stored = scales.map(|scale| {
-            let scale = nearest_int(per_unit * scale) as i8;
+        let stored = each!(i: 16 => {
+            let scale = nearest_int(per_unit * scales[i]) as i8;
             (scale.clamp(-HALF_SCALE, HALF_SCALE - 1) + HALF_SCALE) as u8
         });
-        Self::round(x, F16::from_f32(1.0 / per_unit), &stored, levels)
+        Self::round(x, F16::from_f32(1.0 / per_unit), &stored, |j| searched[j])
     }
 
     #[inline(always)]
     fn encode_weighted(x: &Super<f32>, importance: &Super<f32>) -> Self {
-        let (mut levels, mut scales) = ([0; SUPER_BLOCK], [0.0; 16]);
-        let mut weight_sums = [0.0; 16];
-        let variance = 2.0 * sum_of_squares(x) / SUPER_BLOCK as f32;
-        let (importance, _) = importance.as_chunks();
-        for (j, (x, levels)) in sub_blocks::<16>(x, &mut levels).enumerate() {
-            let weights = importance_weights(x, &importance[j], variance);
-            weight_sums[j] = sum(&weights);
-            (scales[j], *levels) = fit_symmetric(x, &weights, HALF);
-        }
-        let (d, stored) = fit_symmetric(&scales, &weight_sums, HALF_SCALE);
-        Self::round(x, F16::from_f32(d), &stored, levels)
+        let (subs, importance): (&[[f32; 16]; 16], &[[f32; 16]; 16]) =
+            (cast_ref(x), cast_ref(importance));
+        let variance = [2.0 * sum_of_squares(x) / SUPER_BLOCK as f32; 16];
+        let (lanes, importance) = (transposed(subs), transposed(importance));
+        let weights = each!(i: 16 => importance_weights(&lanes[i], &importance[i], &variance));
+        let fits = fit_symmetric(&lanes, &weights, HALF);
+        // The scales are one group.
+        let units = fit_symmetric(
+            &transposed(&[fits.scales]),
+            &transposed(&[sum_of_lanes(&weights)]),
+            HALF_SCALE,
+        );
+        let stored = units.levels(0, &fits.scales);
+        Self::round(x, F16::from_f32(units.scales[0]), &stored, |j| {
+            fits.levels(j, &subs[j])
+        })
     }
 
     /// Rounds the weights to multiples of the rounded scales. Where a scale came out as zero
-    /// the search's levels stay: they decode to the same.
+    /// the `searched` levels stay: they decode to the same.
     #[inline(always)]
-    fn round(x: &Super<f32>, d: F16, stored: &[u8; 16], mut levels: Super<u8>) -> Self {
+    fn round(
+        x: &Super<f32>,
+        d: F16,
+        stored: &[u8; 16],
+        searched: impl Fn(usize) -> [u8; 16],
+    ) -> Self {
         let scales = Scales16::pack(stored);
-        for ((x, levels), scale) in sub_blocks::<16>(x, &mut levels).zip(scales.unpack()) {
-            let scale = d.to_f32() * f32::from(scale);
-            if scale != 0.0 {
-                *levels = round_to_scale(x, scale, HALF);
-            }
+        let mut levels = [0; SUPER_BLOCK];
+        for (j, (x, levels)) in sub_blocks::<16>(x, &mut levels).enumerate() {
+            let scale = d.to_f32() * f32::from(scales.get(j));
+            *levels = match scale != 0.0 {
+                true => round_to_scale(x, scale, HALF),
+                false => searched(j),
+            };
         }
         BlockQ3K {
             hmask: pack_bit(&levels, 2),

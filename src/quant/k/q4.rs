@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use super::affine::Affine8;
 use super::pack::{ScalesAndMins8, pack_4_bits};
 use super::search::{AffineGrid, Cost};
-use super::{SUPER_BLOCK, encode_each, stripes_mut};
+use super::{ABREAST, SUPER_BLOCK, encode_abreast, stripes_mut};
 use crate::quant::{Block, BlockType, Encode, F16};
 
 /// 256 weights in eight sub-blocks of 32, each `d·scale·q − dmin·min` with `q` in `0..16`.
@@ -64,24 +64,25 @@ impl Block for BlockQ4K {
 impl Encode for BlockQ4K {
     #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_each(row, importance, blocks, |x, importance| {
-            let Affine8 {
-                d,
-                dmin,
-                scales,
-                levels,
-            } = match importance {
-                None => Affine8::encode(x, &GRID),
-                Some(importance) => {
-                    Affine8::encode_weighted(x, importance, GRID.max_level, u8::MAX)
-                }
-            };
-            BlockQ4K {
-                d,
-                dmin,
-                scales,
-                qs: pack_4_bits::<32>(&levels),
-            }
-        });
+        encode_abreast(
+            row,
+            importance,
+            blocks,
+            #[inline(always)]
+            |x, importance| {
+                let encoded = match importance {
+                    None => Affine8::encode(x, &GRID),
+                    Some(importance) => {
+                        Affine8::encode_weighted(x, importance, GRID.max_level, u8::MAX)
+                    }
+                };
+                each!(i: ABREAST => BlockQ4K {
+                    d: encoded[i].d,
+                    dmin: encoded[i].dmin,
+                    scales: encoded[i].scales,
+                    qs: pack_4_bits::<32>(&encoded[i].levels),
+                })
+            },
+        );
     }
 }

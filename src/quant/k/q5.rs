@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use super::affine::{Affine8, MAX_SCALE};
 use super::pack::{ScalesAndMins8, pack_4_bits, pack_bit};
 use super::search::{AffineGrid, Cost};
-use super::{SUPER_BLOCK, encode_each, stripes_mut};
+use super::{ABREAST, SUPER_BLOCK, encode_abreast, stripes_mut};
 use crate::quant::{Block, BlockType, Encode, F16};
 
 /// 256 weights in eight sub-blocks of 32, each `d·scale·q − dmin·min` with `q` in `0..32`.
@@ -67,25 +67,26 @@ impl Block for BlockQ5K {
 impl Encode for BlockQ5K {
     #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_each(row, importance, blocks, |x, importance| {
-            let Affine8 {
-                d,
-                dmin,
-                scales,
-                levels,
-            } = match importance {
-                None => Affine8::encode(x, &GRID),
-                Some(importance) => {
-                    Affine8::encode_weighted(x, importance, GRID.max_level, MAX_SCALE)
-                }
-            };
-            BlockQ5K {
-                d,
-                dmin,
-                scales,
-                qh: pack_bit(&levels, 4),
-                qs: pack_4_bits::<32>(&levels),
-            }
-        });
+        encode_abreast(
+            row,
+            importance,
+            blocks,
+            #[inline(always)]
+            |x, importance| {
+                let encoded = match importance {
+                    None => Affine8::encode(x, &GRID),
+                    Some(importance) => {
+                        Affine8::encode_weighted(x, importance, GRID.max_level, MAX_SCALE)
+                    }
+                };
+                each!(i: ABREAST => BlockQ5K {
+                    d: encoded[i].d,
+                    dmin: encoded[i].dmin,
+                    scales: encoded[i].scales,
+                    qh: pack_bit(&encoded[i].levels, 4),
+                    qs: pack_4_bits::<32>(&encoded[i].levels),
+                })
+            },
+        );
     }
 }

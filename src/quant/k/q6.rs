@@ -1,10 +1,10 @@
 //! Q6_K: 6.5625 bits a weight.
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::{Pod, Zeroable, cast_ref};
 
 use super::pack::{pack_2_bits, pack_4_bits};
 use super::{SUPER_BLOCK, Super, encode_each, round_to_scale, stripes_mut, sub_blocks};
-use crate::quant::search::{NEGLIGIBLE, fit_symmetric, largest_magnitude, nearest_int};
+use crate::quant::search::{NEGLIGIBLE, fit_symmetric, largest_magnitude, nearest_int, transposed};
 use crate::quant::{Block, BlockType, Encode, F16};
 
 /// 256 weights in sixteen sub-blocks of 16, each `d·scale·q` with `q` in `−32..32`.
@@ -62,38 +62,45 @@ impl Block for BlockQ6K {
 impl Encode for BlockQ6K {
     #[inline(always)]
     fn encode_row(row: &[f32], importance: Option<&[f32]>, blocks: &mut [Self]) {
-        encode_each(row, importance, blocks, |x, importance| match importance {
-            // Without importance, large weights count more.
-            None => Self::encode(x, &x.map(|x| x * x)),
-            // With it, their size does not matter, unlike in the other types.
-            Some(importance) => Self::encode(x, importance),
-        });
+        encode_each(
+            row,
+            importance,
+            blocks,
+            #[inline(always)]
+            |x, importance| match importance {
+                // Without importance, large weights count more.
+                None => Self::encode(x, &each!(i: SUPER_BLOCK => x[i] * x[i])),
+                // With it, their size does not matter, unlike in the other types.
+                Some(importance) => Self::encode(x, importance),
+            },
+        );
     }
 }
 
 impl BlockQ6K {
     #[inline(always)]
     fn encode(x: &Super<f32>, weights: &Super<f32>) -> Self {
-        let (mut levels, mut scales) = ([0; SUPER_BLOCK], [0.0; 16]);
-        let (weights, _) = weights.as_chunks();
-        for (j, (x, levels)) in sub_blocks::<16>(x, &mut levels).enumerate() {
-            (scales[j], *levels) = fit_symmetric(x, &weights[j], HALF);
-        }
-        let largest = largest_magnitude(&scales);
+        let (subs, weights): (&[[f32; 16]; 16], &[[f32; 16]; 16]) =
+            (cast_ref(x), cast_ref(weights));
+        let fits = fit_symmetric(&transposed(subs), &transposed(weights), HALF);
+        let largest = largest_magnitude(&fits.scales);
         if largest.abs() < NEGLIGIBLE {
             return BlockQ6K::zeroed();
         }
         // The largest scale becomes −128, which has no positive counterpart.
         let per_unit = -128.0 / largest;
         let d = F16::from_f32(1.0 / per_unit);
-        let scales = scales.map(|scale| nearest_int(per_unit * scale).min(127) as i8);
-        for ((x, levels), scale) in sub_blocks::<16>(x, &mut levels).zip(scales) {
-            let scale = d.to_f32() * f32::from(scale);
-            if scale != 0.0 {
-                *levels = round_to_scale(x, scale, HALF);
-            }
+        let scales: [i8; 16] =
+            each!(i: 16 => nearest_int(per_unit * fits.scales[i]).min(127) as i8);
+        let mut levels = [0; SUPER_BLOCK];
+        for (j, (x, levels)) in sub_blocks::<16>(x, &mut levels).enumerate() {
+            let scale = d.to_f32() * f32::from(scales[j]);
+            *levels = match scale != 0.0 {
+                true => round_to_scale(x, scale, HALF),
+                false => fits.levels(j, x),
+            };
         }
-        let high = levels.map(|level| level >> 4);
+        let high = each!(i: SUPER_BLOCK => levels[i] >> 4);
         BlockQ6K {
             ql: pack_4_bits::<64>(&levels),
             qh: pack_2_bits(&high),

@@ -13,17 +13,33 @@
 //! `make_qp_quants`, `make_q3_quants`), so the order of every sum and the grouping of every
 //! product below is part of the format: `w * x * q` is not `w * (x * q)`.
 
-use std::array::from_fn;
+use crate::quant::search::{
+    NEGLIGIBLE, SMALL, choose, largest_magnitude, nearest_int, nearest_whole,
+};
 
-use crate::quant::search::{NEGLIGIBLE, largest_magnitude, nearest_int};
-
-/// Sub-blocks written as `scale·level − min`.
-pub(in crate::quant) struct AffineFits<const N: usize, const SUBS: usize> {
-    pub scales: [f32; SUBS],
+/// Lines `scale·level − min` for as many sub-blocks as there are lanes.
+pub(in crate::quant) struct AffineFits<const LANES: usize> {
+    pub scales: [f32; LANES],
     /// What is subtracted; never negative.
-    pub mins: [f32; SUBS],
-    /// Whole numbers from 0 to the highest level.
-    pub levels: [[u8; N]; SUBS],
+    pub mins: [f32; LANES],
+    /// Where the levels came from: `per_unit·(x − base)`, rounded.
+    per_unit: [f32; LANES],
+    base: [f32; LANES],
+    /// Whether that was a candidate (1), or the line that the search set out from (0); as wide as a float, for the vectors.
+    candidate: [u32; LANES],
+    grid: AffineGrid,
+}
+
+impl<const LANES: usize> AffineFits<LANES> {
+    /// The levels that the line of a lane was fitted to, whole numbers from 0 to the highest; `x` is the lane's sub-block.
+    #[inline(always)]
+    pub fn levels<const N: usize>(&self, lane: usize, x: &[f32; N]) -> [u8; N] {
+        let (per_unit, base) = (self.per_unit[lane], self.base[lane]);
+        match self.candidate[lane] != 0 {
+            true => each!(i: N => self.grid.round_candidate(per_unit * (x[i] - base)) as u8),
+            false => each!(i: N => self.grid.round(per_unit * (x[i] - base)) as u8),
+        }
+    }
 }
 
 /// What a deviation of a weight from its line costs.
@@ -94,7 +110,7 @@ fn clip(value: f32, top: f32) -> f32 {
     if value < top { value } else { top }
 }
 
-/// Fits each sub-block `x` by a line over levels, weighted.
+/// Fits each sub-block by a line over levels, weighted. Weight `i` of the sub-block in lane `s` is `x[i][s]`.
 ///
 /// For levels `q` the least-squares line solves the normal equations
 ///
@@ -108,103 +124,153 @@ fn clip(value: f32, top: f32) -> f32 {
 /// Each sum runs along a sub-block, in order, and one addition waits for the other. So all
 /// sub-blocks go in step, a lane each, and the compiler makes vectors of the lanes.
 #[inline(always)] // the grid is a constant of each caller
-pub(in crate::quant) fn fit_affine<const N: usize, const SUBS: usize>(
-    x: &[[f32; N]; SUBS],
-    weights: &[[f32; N]; SUBS],
+pub(in crate::quant) fn fit_affine<const N: usize, const LANES: usize>(
+    x: &[[f32; LANES]; N],
+    weights: &[[f32; LANES]; N],
     grid: &AffineGrid,
-) -> AffineFits<N, SUBS> {
-    let (x, weights) = (transposed(x), transposed(weights));
+) -> AffineFits<LANES> {
     let top = f32::from(grid.max_level);
 
     let (mut low, mut high) = (x[0], x[0]);
     let mut sum_w = weights[0];
-    let mut sum_wx: [f32; SUBS] = from_fn(|s| sum_w[s] * x[0][s]);
-    for (x, w) in x.iter().zip(&weights).skip(1) {
-        for s in 0..SUBS {
+    let mut sum_wx: [f32; LANES] = each!(s: LANES => sum_w[s] * x[0][s]);
+    for (x, w) in x.iter().zip(weights).skip(1) {
+        for s in 0..LANES {
             low[s] = if x[s] < low[s] { x[s] } else { low[s] };
             high[s] = if x[s] > high[s] { x[s] } else { high[s] };
             sum_w[s] += w[s];
             sum_wx[s] += w[s] * x[s];
         }
     }
-    let low = low.map(|low| if low > 0.0 { 0.0 } else { low });
-
-    let error_of = |scale: &[f32; SUBS], offset: &[f32; SUBS], levels: &[[f32; SUBS]; N]| {
-        let mut error = [0.0; SUBS];
-        for ((x, w), q) in x.iter().zip(&weights).zip(levels) {
-            for s in 0..SUBS {
-                error[s] += w[s] * grid.cost.of(scale[s] * q[s] + offset[s] - x[s]);
-            }
-        }
-        error
-    };
+    let lowest = low;
+    let low: [f32; LANES] = each!(s: LANES => if low[s] > 0.0 { 0.0 } else { low[s] });
+    // A flat sub-block is its minimum.
+    let flat: [bool; LANES] = each!(s: LANES => high[s] == low[s]);
 
     // The best lines so far. An offset is a negated minimum.
     let mut offset = low;
-    let per_unit: [f32; SUBS] = from_fn(|s| top / (high[s] - offset[s]));
-    let mut scale = per_unit.map(|per_unit| 1.0 / per_unit);
-    let mut levels = x.map(|x| from_fn(|s| grid.round(per_unit[s] * (x[s] - offset[s]))));
-    let mut least = error_of(&scale, &offset, &levels);
+    let per_unit: [f32; LANES] = each!(s: LANES => top / (high[s] - offset[s]));
+    let mut scale: [f32; LANES] = each!(s: LANES => 1.0 / per_unit[s]);
+    let mut least = [0.0; LANES];
+    for (x, w) in x.iter().zip(weights) {
+        for s in 0..LANES {
+            let q = grid.round(per_unit[s] * (x[s] - offset[s]));
+            least[s] += w[s] * grid.cost.of(scale[s] * q + offset[s] - x[s]);
+        }
+    }
+    // Where their levels came from.
+    let (mut from_per_unit, mut from_base, mut candidates) = (per_unit, offset, [0; LANES]);
 
     for candidate in 0..=grid.last {
         let steps = grid.first + grid.step * f32::from(candidate) + top;
         // The grid moves with the offset of the best line.
-        let per_unit: [f32; SUBS] = from_fn(|s| steps / (high[s] - offset[s]));
-        let mut tried = [[0.0; SUBS]; N];
-        let mut sum_wq = [0.0; SUBS];
-        let mut sum_wqq = [0.0; SUBS];
-        let mut sum_wqx = [0.0; SUBS];
-        for ((x, w), tried) in x.iter().zip(&weights).zip(&mut tried) {
-            for s in 0..SUBS {
-                let q = grid.round_candidate(per_unit[s] * (x[s] - offset[s]));
-                tried[s] = q;
+        let per_unit: [f32; LANES] = each!(s: LANES => steps / (high[s] - offset[s]));
+        let mut small = true;
+        for s in 0..LANES {
+            let (above, below) = ((high[s] - offset[s]).abs(), (lowest[s] - offset[s]).abs());
+            let reach = if above > below { above } else { below };
+            small &= flat[s] | ((per_unit[s] * reach).abs() < SMALL);
+        }
+        let tried = match small {
+            true => Candidate::new(
+                x,
+                weights,
+                &per_unit,
+                &offset,
+                #[inline(always)]
+                |q| clip(nearest_whole(q), top),
+            ),
+            false => Candidate::new(
+                x,
+                weights,
+                &per_unit,
+                &offset,
+                #[inline(always)]
+                |q| grid.round_candidate(q),
+            ),
+        };
+        let (mut new_scale, mut new_offset, mut determinants) =
+            ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+        for s in 0..LANES {
+            let (wq, wqq, wqx) = (tried.sum_wq[s], tried.sum_wqq[s], tried.sum_wqx[s]);
+            let determinant = sum_w[s] * wqq - wq * wq;
+            determinants[s] = determinant;
+            let line = (sum_w[s] * wqx - sum_wx[s] * wq) / determinant;
+            let shift = (wqq * sum_wx[s] - wq * wqx) / determinant;
+            let through_zero = wqx / wqq;
+            let adds = shift > 0.0;
+            new_scale[s] = if adds { through_zero } else { line };
+            new_offset[s] = if adds { 0.0 } else { shift };
+        }
+        let mut error = [0.0; LANES];
+        for ((x, w), q) in x.iter().zip(weights).zip(&tried.levels) {
+            for s in 0..LANES {
+                error[s] += w[s] * grid.cost.of(new_scale[s] * q[s] + new_offset[s] - x[s]);
+            }
+        }
+        for s in 0..LANES {
+            let better = (determinants[s] > 0.0) & (error[s] < least[s]);
+            from_per_unit[s] = choose(better, per_unit[s], from_per_unit[s]);
+            from_base[s] = choose(better, offset[s], from_base[s]);
+            candidates[s] |= u32::from(better);
+            least[s] = choose(better, error[s], least[s]);
+            scale[s] = choose(better, new_scale[s], scale[s]);
+            offset[s] = choose(better, new_offset[s], offset[s]);
+        }
+    }
+
+    for s in 0..LANES {
+        if flat[s] {
+            (scale[s], offset[s]) = (0.0, low[s]);
+            (from_per_unit[s], from_base[s]) = (0.0, 0.0);
+        }
+    }
+    AffineFits {
+        scales: scale,
+        mins: each!(s: LANES => -offset[s]),
+        per_unit: from_per_unit,
+        base: from_base,
+        candidate: candidates,
+        grid: *grid,
+    }
+}
+
+/// Levels that are tried, and their sums.
+struct Candidate<const N: usize, const LANES: usize> {
+    levels: [[f32; LANES]; N],
+    sum_wq: [f32; LANES],
+    sum_wqq: [f32; LANES],
+    sum_wqx: [f32; LANES],
+}
+
+impl<const N: usize, const LANES: usize> Candidate<N, LANES> {
+    #[inline(always)]
+    fn new(
+        x: &[[f32; LANES]; N],
+        weights: &[[f32; LANES]; N],
+        per_unit: &[f32; LANES],
+        offset: &[f32; LANES],
+        round: impl Fn(f32) -> f32,
+    ) -> Self {
+        let mut levels = [[0.0; LANES]; N];
+        let (mut sum_wq, mut sum_wqq, mut sum_wqx) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+        for ((x, w), levels) in x.iter().zip(weights).zip(&mut levels) {
+            for s in 0..LANES {
+                let q = round(per_unit[s] * (x[s] - offset[s]));
+                levels[s] = q;
                 let wq = w[s] * q;
                 sum_wq[s] += wq;
                 sum_wqq[s] += wq * q;
                 sum_wqx[s] += wq * x[s];
             }
         }
-        let (mut new_scale, mut new_offset, mut solvable) =
-            ([0.0; SUBS], [0.0; SUBS], [false; SUBS]);
-        for s in 0..SUBS {
-            let determinant = sum_w[s] * sum_wqq[s] - sum_wq[s] * sum_wq[s];
-            solvable[s] = determinant > 0.0;
-            new_scale[s] = (sum_w[s] * sum_wqx[s] - sum_wx[s] * sum_wq[s]) / determinant;
-            new_offset[s] = (sum_wqq[s] * sum_wx[s] - sum_wq[s] * sum_wqx[s]) / determinant;
-            if new_offset[s] > 0.0 {
-                new_offset[s] = 0.0;
-                new_scale[s] = sum_wqx[s] / sum_wqq[s];
-            }
-        }
-        let error = error_of(&new_scale, &new_offset, &tried);
-        for s in 0..SUBS {
-            if solvable[s] && error[s] < least[s] {
-                (least[s], scale[s], offset[s]) = (error[s], new_scale[s], new_offset[s]);
-                for (level, tried) in levels.iter_mut().zip(&tried) {
-                    level[s] = tried[s];
-                }
-            }
+        Self {
+            levels,
+            sum_wq,
+            sum_wqq,
+            sum_wqx,
         }
     }
-
-    let mut levels = transposed(&levels).map(|levels| levels.map(|level| level as u8));
-    for s in 0..SUBS {
-        // A flat sub-block is its minimum.
-        if high[s] == low[s] {
-            (scale[s], offset[s], levels[s]) = (0.0, low[s], [0; N]);
-        }
-    }
-    AffineFits {
-        scales: scale,
-        mins: offset.map(|offset| -offset),
-        levels,
-    }
-}
-
-/// Rows to columns.
-#[inline(always)]
-fn transposed<const N: usize, const M: usize>(rows: &[[f32; N]; M]) -> [[f32; M]; N] {
-    from_fn(|i| from_fn(|j| rows[j][i]))
 }
 
 /// Fits non-negative values (a super-block's scales, or its minima) by `scale·level`, weighted.
@@ -339,7 +405,7 @@ pub(super) fn fit_by_descent<const N: usize>(x: &[f32; N], half: i8) -> (f32, [u
     } else {
         0.0
     };
-    (scale, levels.map(|level| (level + i32::from(half)) as u8))
+    (scale, each!(i: N => (levels[i] + i32::from(half)) as u8))
 }
 
 /// Coordinate descent goes over the levels at most so often.
