@@ -24,9 +24,9 @@ pub use ahead::Guess;
 pub use counters::Counters;
 pub use visit::Visit;
 
+use super::Expert;
 use super::memory::Memory;
 use super::policy::{Kind, Policy};
-use super::Expert;
 use crate::plan::fit::Slots;
 use crate::tensor::Extent;
 use crate::tensor::direct::{self, Error, Files, Piece, READ, READERS};
@@ -47,6 +47,8 @@ struct Shared {
     class_of: Vec<usize>,
     /// Which thread may touch which part of it, the table says.
     memory: Memory,
+    /// Whether no more slots should be touched for the first time, where that is to be asked.
+    is_short: Option<fn() -> bool>,
     table: Mutex<Table>,
     /// There is something to read, or nothing any more.
     to_read: Condvar,
@@ -87,6 +89,8 @@ struct Slot {
     class: usize,
     /// Where it lies in the memory.
     range: Range<usize>,
+    /// Whether anything was ever read into it.
+    touched: bool,
     /// Layer and expert.
     holds: Option<(usize, usize)>,
     /// Reads of each part that have not arrived.
@@ -115,7 +119,8 @@ struct Read {
 }
 
 impl Cache {
-    /// An empty cache of `slots` for experts that lie at `layers` in `files`.
+    /// An empty cache of `slots` for experts that lie at `layers` in `files`. While `is_short` says so, it does with
+    /// the slots that were used before, as far as it can.
     ///
     /// # Errors
     /// When there is no memory for the slots, or the readers cannot be started.
@@ -124,6 +129,7 @@ impl Cache {
         layers: Vec<Vec<Expert<Extent>>>,
         slots: &Slots,
         policy: Kind,
+        is_short: Option<fn() -> bool>,
     ) -> io::Result<Self> {
         let experts = layers.first().map_or(0, Vec::len);
         let mut table = Vec::new();
@@ -135,6 +141,7 @@ impl Cache {
                 table.push(Slot {
                     class,
                     range,
+                    touched: false,
                     holds: None,
                     missing: [0; 3],
                     pinned: false,
@@ -146,6 +153,7 @@ impl Cache {
         let shared = Arc::new(Shared {
             files,
             memory: Memory::new(start)?,
+            is_short,
             class_of: slots.class_of.clone(),
             table: Mutex::new(Table {
                 slots: table,
@@ -357,12 +365,18 @@ impl Shared {
         let class = self.class_of[expert.0];
         let slots = table.slots.iter().enumerate();
         let idle = slots.filter(|(_, slot)| slot.class == class && slot.is_idle());
+        let untouched = |slot: &Slot| slot.class == class && !slot.touched;
+        let is_short = self
+            .is_short
+            .is_some_and(|is_short| table.slots.iter().any(untouched) && is_short());
+        let idle = idle.filter(|(_, slot)| slot.touched || !likely || !is_short);
         // What is expected goes last, and not for something else that is.
         let is_expected = |slot: &Slot| slot.holds.is_some_and(|held| table.ahead.expects(held));
         let idle = idle.filter(|(_, slot)| !likely || !is_expected(slot));
         let worth = |slot: &Slot| match slot.holds {
+            None if is_short && !slot.touched => f64::INFINITY,
             None => f64::NEG_INFINITY,
-            Some(_) if is_expected(slot) => f64::INFINITY,
+            Some(_) if is_expected(slot) => f64::MAX,
             Some((layer, expert)) => table.policy.worth(layer, expert, table.visited),
         };
         let (index, _) = idle.min_by(|(_, a), (_, b)| worth(a).total_cmp(&worth(b)))?;
@@ -371,6 +385,7 @@ impl Shared {
             table.place[self.index(held)] = None;
         }
         slot.unused = 0;
+        slot.touched = true;
         table.place[self.index(expert)] = Some(index);
         let mut start = slot.range.start;
         for (part, extent) in self.layers[expert.0][expert.1]

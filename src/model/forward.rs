@@ -335,7 +335,14 @@ fn look_ahead(
         let mut wanted = Vec::new();
         let mut chosen = vec![(0, 0.0); shape.experts_used];
         for t in 0..n {
-            choose_for(model, kernels, l, s.last.row(t), preferred.as_ref(), &mut chosen);
+            choose_for(
+                model,
+                kernels,
+                l,
+                s.last.row(t),
+                preferred.as_ref(),
+                &mut chosen,
+            );
             let ranked = chosen.iter().enumerate();
             wanted.extend(ranked.map(|(rank, &(expert, weight))| (weight, Guess { expert, rank })));
         }

@@ -39,7 +39,7 @@ fn what_is_there_stays_while_the_rest_is_fetched() {
     let (layers, mut slots) = experts(2, 4);
     slots.classes[0].slots = 3;
     let files = Files::buffered(path);
-    let cache = Cache::new(files, layers, &slots, Kind::default()).unwrap();
+    let cache = Cache::new(files, layers, &slots, Kind::default(), None).unwrap();
     let visit = |layer: usize, active: &[usize]| {
         let mut visit = cache.visit(layer, active);
         while visit.portion().unwrap().is_some() {}
@@ -60,7 +60,7 @@ fn what_is_there_stays_while_the_rest_is_fetched() {
 #[test]
 fn a_disk_that_fails_ends_the_visit_with_an_error() {
     let (layers, slots) = experts(2, 2);
-    let cache = Cache::new(Files::failing(), layers, &slots, Kind::default()).unwrap();
+    let cache = Cache::new(Files::failing(), layers, &slots, Kind::default(), None).unwrap();
     for layer in [0, 1, 0] {
         let guess = |expert| Guess { expert, rank: 0 };
         cache.guess((layer + 1) % 2, vec![vec![guess(0), guess(1)]]);
@@ -94,7 +94,7 @@ fn what_is_on_its_way_for_the_visit_is_not_given_up_for_later_layers() {
     std::fs::write(&path, vec![1; 64 * 8192]).unwrap();
     let (layers, mut slots) = experts(2, 4);
     slots.classes[0].slots = 5;
-    let cache = Cache::new(Files::buffered(path), layers, &slots, Kind::default()).unwrap();
+    let cache = Cache::new(Files::buffered(path), layers, &slots, Kind::default(), None).unwrap();
     let guess = |expert| Guess { expert, rank: 0 };
     let shared = &cache.shared;
     {
@@ -119,4 +119,34 @@ fn what_is_on_its_way_for_the_visit_is_not_given_up_for_later_layers() {
     // Each of the two was read once, 8 KiB a part.
     assert_eq!(read(cache.counters()), 2 * 3 * 8192);
     assert_eq!(cache.counters().expected_right, 1);
+}
+
+/// Where memory has become short since the plan was made, slots that were never used stay so, as far as a visit can do
+/// without them.
+#[test]
+fn no_more_memory_is_taken_than_there_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("weights");
+    std::fs::write(&path, vec![1; 64 * 8192]).unwrap();
+    for (is_short, most) in [(None, 6), (Some((|| true) as fn() -> bool), 2)] {
+        let (layers, mut slots) = experts(2, 4);
+        slots.classes[0].slots = 6;
+        let files = Files::buffered(path.clone());
+        let cache = Cache::new(files, layers, &slots, Kind::default(), is_short).unwrap();
+        for pass in 0..4 {
+            for layer in 0..2 {
+                let active = [pass % 3, pass % 3 + 1];
+                let guess = |expert| Guess { expert, rank: 0 };
+                cache.guess(1 - layer, vec![active.map(guess).to_vec()]);
+                let mut visit = cache.visit(layer, &active);
+                while visit.portion().unwrap().is_some() {}
+            }
+        }
+        let table = cache.shared.lock();
+        let touched = table.slots.iter().filter(|slot| slot.touched).count();
+        assert!(
+            touched <= most && (most == 2 || touched > 4),
+            "{touched} of {most}"
+        );
+    }
 }
