@@ -19,8 +19,8 @@ use crate::gguf::{self, Gguf, names};
 use crate::kernels::{Kernels, Phase};
 use crate::model::{self, KvCache, KvKind, Lora, Model, Placement, Routing, Slot, State, forward};
 use crate::plan::fit::{Fit, TooLittle};
-use crate::plan::memory::{Memory, Needs};
-use crate::plan::{self, Shape};
+use crate::plan::memory::{self, Memory, Needs};
+use crate::plan::{self, Shape, Weight};
 use crate::quant::BlockType;
 use crate::tensor::direct;
 use crate::threads::{self, CpuSet, Pool};
@@ -249,26 +249,37 @@ fn kv_kind(gguf: &Gguf, shape: &Shape, options: &Options) -> KvKind {
     })
 }
 
+/// A file's tensors as plans see them, and what adapters add to them.
+pub fn weights_with<'a>(
+    tensors: &'a [gguf::TensorInfo],
+    adapters: &[(Adapter, f32)],
+) -> impl Iterator<Item = Weight<'a>> {
+    let corrections = Weight {
+        name: "adapters",
+        shape: &[],
+        bytes: adapters.iter().map(|(adapter, _)| adapter.bytes()).sum(),
+    };
+    tensors.iter().map(Weight::from).chain([corrections])
+}
+
 /// What goes where in the memory that `options` allow; `None` where nobody said how much that is, and the
 /// system does not say either or leaves too little: the file is then mapped, and the system does what it can.
-/// Adapters take `adapter_bytes` of it.
 fn fit(
     gguf: &Gguf,
     shape: &Shape,
     kv: KvKind,
-    adapter_bytes: u64,
+    adapters: &[(Adapter, f32)],
     options: &Options,
 ) -> Result<Option<Fit>, Error> {
     let Some(memory) = options.memory.bytes() else {
         return Ok(None);
     };
-    let memory = memory.saturating_sub(adapter_bytes);
     if options.loading == Loading::Mapped {
         return Ok(None);
     }
     match Fit::new(
         shape,
-        &gguf.tensors,
+        weights_with(&gguf.tensors, adapters),
         memory,
         options.context,
         kv.block_type(),
@@ -339,16 +350,18 @@ impl Engine {
         let gguf = gguf::read(path)?;
         let shape = Shape::from_metadata(&gguf.metadata)?;
         let kv = kv_kind(&gguf, &shape, options);
-        let adapter = |chosen: &Chosen| Ok((Adapter::open(&chosen.path, &shape)?, chosen.scale));
-        let adapters: Result<Vec<_>, Error> = options.lora.iter().map(adapter).collect();
-        let adapters = adapters?;
+        let adapters = Adapter::open_all(&options.lora, &shape)?;
         let adapter_files = (adapters.iter())
             .map(|(adapter, scale)| (adapter.files.clone(), *scale))
             .collect();
-        let adapter_bytes = adapters.iter().map(|(adapter, _)| adapter.bytes()).sum();
-        let fit = fit(&gguf, &shape, kv, adapter_bytes, options)?;
+        let fit = fit(&gguf, &shape, kv, &adapters, options)?;
         let placement = match fit.as_ref().and_then(|fit| fit.slots.as_ref()) {
-            Some(slots) => Placement::Cached(slots, policy::Kind::default()),
+            Some(slots) => Placement::Cached {
+                slots,
+                policy: policy::Kind::default(),
+                // What nobody has promised may be taken by others before it is used.
+                is_short: (options.memory == Memory::Auto).then_some(memory::is_short),
+            },
             None if options.loading == Loading::Read => Placement::Read,
             None => Placement::Mapped,
         };
@@ -403,12 +416,14 @@ impl Engine {
     /// What the model in `path` needs to be run so.
     ///
     /// # Errors
-    /// When the file is damaged or holds another architecture.
+    /// When the file is damaged or holds another architecture, or an adapter cannot be read.
     pub fn needs(path: &Path, options: &Options) -> Result<Needs, Error> {
         let gguf = gguf::read(path)?;
         let shape = Shape::from_metadata(&gguf.metadata)?;
         let kv = kv_kind(&gguf, &shape, options).block_type();
-        Ok(Fit::needs(&shape, &gguf.tensors, options.context, kv))
+        let adapters = Adapter::open_all(&options.lora, &shape)?;
+        let weights = weights_with(&gguf.tensors, &adapters);
+        Ok(Fit::needs(&shape, weights, options.context, kv))
     }
 
     /// The file that the model was loaded from.

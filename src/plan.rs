@@ -19,6 +19,9 @@ pub const ARCHITECTURE: &str = "llama";
 /// Tokens of a prompt that are taken through the layers at once; scratch is sized for it.
 pub const PROMPT_BATCH: usize = 512;
 
+/// The types of keys and values that can be asked for.
+pub const KV_TYPES: [BlockType; 3] = [BlockType::F16, BlockType::Q8_0, BlockType::Q4_0];
+
 /// What scratch may take: a model so wide that [`PROMPT_BATCH`] tokens need more gets fewer at once. No
 /// model of the family comes near.
 pub const SCRATCH_LIMIT: u64 = 768 << 20;
@@ -195,6 +198,14 @@ impl Shape {
         (rows as u64)
             .saturating_mul(ctx as u64)
             .saturating_mul(row as u64)
+    }
+
+    /// What the KV cache of `ctx` positions takes in each type that it can be asked for and that fills a head.
+    pub fn kv_costs(&self, ctx: usize) -> Vec<(BlockType, u64)> {
+        let kinds = KV_TYPES.into_iter();
+        let fills = |kind: &BlockType| kind.row_bytes(self.head_dim).is_some();
+        let kinds = kinds.filter(fills);
+        kinds.map(|kind| (kind, self.kv_bytes(ctx, kind))).collect()
     }
 
     /// Estimate of the scratch memory: what [`PROMPT_BATCH`] tokens keep between the steps of

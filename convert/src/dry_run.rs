@@ -110,6 +110,12 @@ impl DryRun {
             .ram_bytes(self.plan.sizes.bytes_total(), self.ctx)
     }
 
+    /// Bytes of the KV cache by the type that keys and values can have.
+    fn kv_bytes_by_type(&self) -> BTreeMap<&'static str, u64> {
+        let costs = self.plan.shape.kv_costs(self.ctx).into_iter();
+        costs.map(|(kind, bytes)| (kind.name(), bytes)).collect()
+    }
+
     /// What makes a figure inexact.
     pub fn caveat(&self) -> Option<&'static str> {
         self.without_tokenizer
@@ -142,6 +148,7 @@ impl DryRun {
             "params_active": self.plan.sizes.params_active(),
             "file_bytes": self.file_bytes(),
             "ram_bytes": self.ram_bytes(),
+            "kv_bytes_by_type": self.kv_bytes_by_type(),
             "plan": plan,
             "tensors": self.tensors.iter().enumerate().map(tensor).collect::<Vec<_>>(),
         });
@@ -201,6 +208,15 @@ impl fmt::Display for DryRun {
             bytes(sizes.bytes_total()),
             bytes(shape.kv_bytes(self.ctx, shape.kv_type())),
             bytes(shape.scratch_bytes())
+        )?;
+        let costs = shape.kv_costs(self.ctx).into_iter();
+        let costs = costs.map(|(kind, size)| format!("{} {}", kind.name(), bytes(size)));
+        let costs: Vec<_> = costs.collect();
+        writeln!(
+            f,
+            "context     keys and values of {} tokens: {}",
+            self.ctx,
+            costs.join(", ")
         )?;
         if let Some((round, threads, seconds)) = self.rounding {
             let time = duration(seconds);

@@ -13,6 +13,7 @@ use fewbit::conversation::{Conversation, Event, FileError};
 use fewbit::engine::{ActivationMode, Engine, Options, Turn};
 use fewbit::gguf::{self, Metadata, TensorDecl, Value, names};
 use fewbit::plan::Shape;
+use fewbit::plan::memory::Memory;
 use fewbit::quant::BlockType;
 use fewbit::sampler::Settings;
 use fewbit_convert::Options as Conversion;
@@ -621,4 +622,59 @@ fn a_conversation_in_a_file_belongs_to_the_adapters_it_was_held_with() {
     let mut same = conversation(&[(adapter.path(), 1.0)]);
     same.load(&path).unwrap();
     assert_eq!(same.messages(), held.messages());
+}
+
+/// With experts on disk: the same bits, memory for the adapter in the plan, and guesses that know what it does to
+/// the router.
+#[test]
+fn an_adapter_of_a_model_larger_than_memory() {
+    let file = fixture::tiny_mixtral("Q8_0");
+    let shape = shape(&file);
+    let all = corrections(&shape, 9, 0.03);
+    let bytes: usize = all.iter().map(|low| 4 * (low.a.len() + low.b.len())).sum();
+    let folder = peft(&all, config(16.0));
+    let options = |memory: u64, lora: &Path| Options {
+        memory: Memory::Bytes(memory),
+        context: Some(64),
+        lora: vec![Chosen {
+            path: lora.to_owned(),
+            scale: 1.0,
+        }],
+        ..Options::default()
+    };
+    let plain = Options {
+        lora: Vec::new(),
+        ..options(1, folder.path())
+    };
+    let without = Engine::needs(&file.path, &plain).unwrap();
+    let needs = Engine::needs(&file.path, &options(1, folder.path())).unwrap();
+    assert_eq!(needs.least - without.least, bytes as u64);
+    let refused = Engine::load(&file.path, &options(needs.least - 1, folder.path()));
+    assert!(refused.err().unwrap().to_string().contains("at least"));
+
+    let mapped = file.load(&options(needs.all, folder.path()));
+    let streamed = file.load(&options(needs.least, folder.path()));
+    assert!(mapped.expert_cache().is_none() && streamed.expert_cache().is_some());
+    assert!(logits(&streamed, &[7]) == logits(&mapped, &[]));
+
+    // Routers that are the adapter's work for the most part.
+    let mut routers: Vec<Low> = all;
+    routers.retain(|low| low.module.ends_with("gate"));
+    let strong = |value: &mut f32| *value *= 10.0;
+    routers
+        .iter_mut()
+        .for_each(|low| low.a.iter_mut().chain(&mut low.b).for_each(strong));
+    let folder = peft(&routers, config(16.0));
+    let engine = file.load(&options(needs.least, folder.path()));
+    let mut session = engine.session(64).unwrap();
+    for token in prompt(&engine, 60) {
+        session.step(token).unwrap();
+    }
+    let accuracy = engine
+        .expert_cache()
+        .unwrap()
+        .counters()
+        .accuracy()
+        .unwrap();
+    assert!(accuracy > 0.6, "{accuracy}");
 }

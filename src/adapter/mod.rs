@@ -210,6 +210,15 @@ impl Adapter {
         })
     }
 
+    /// Reads all that were `chosen`, as [`open`](Self::open) does, each with how strong it is to be.
+    ///
+    /// # Errors
+    /// Those of the first that fails.
+    pub fn open_all(chosen: &[Chosen], shape: &Shape) -> Result<Vec<(Self, f32)>, Error> {
+        let open = |chosen: &Chosen| Ok((Self::open(&chosen.path, shape)?, chosen.scale));
+        chosen.iter().map(open).collect()
+    }
+
     /// Bytes that the matrices take in memory.
     pub fn bytes(&self) -> u64 {
         let values = self.pairs.iter().map(|pair| pair.a.len() + pair.b.len());

@@ -8,6 +8,8 @@ use anyhow::Context;
 use serde_json::json;
 
 use super::common::{Kv, PROBE, STDOUT, ThreadArgs, at_least, figure, note, print_json};
+use crate::adapter::{Adapter, Chosen};
+use crate::engine::weights_with;
 use crate::gguf;
 use crate::kernels::limits::Limits;
 use crate::model::KvKind;
@@ -23,6 +25,9 @@ pub struct Args {
     /// Model: a file (GGUF; the first one of a split model), or a name from `fewbit list`
     #[arg(short, long, value_name = "FILE")]
     pub(super) model: PathBuf,
+    /// LoRA adapter (PEFT's folder, or GGUF) that the model will run with; may be given several times
+    #[arg(long, value_name = "FILE[:SCALE]")]
+    lora: Vec<Chosen>,
     /// Memory that the model may take, such as 12GiB; auto is what the system has to spare
     #[arg(long, value_name = "SIZE", default_value_t = Memory::Auto)]
     memory: Memory,
@@ -48,7 +53,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let kv = kv.map_or(shape.kv_type(), KvKind::block_type);
     let memory = args.memory.bytes();
     let memory = memory.context("the system does not say what memory there is; give --memory")?;
-    let fit = Fit::new(&shape, &gguf.tensors, memory, args.ctx, kv).with_context(file)?;
+    let adapters = Adapter::open_all(&args.lora, &shape)?;
+    let weights = weights_with(&gguf.tensors, &adapters);
+    let fit = Fit::new(&shape, weights, memory, args.ctx, kv).with_context(file)?;
 
     let files = Files::open(&gguf)?;
     if let Some(reason) = files.buffered_because() {
@@ -62,12 +69,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let ram = Limits::measure(&pool).read_gb_s * 1e9;
     let speed = fit.tokens_per_second(disk, ram);
 
-    let kinds = [KvKind::F16, KvKind::Q8_0, KvKind::Q4_0].map(KvKind::block_type);
-    let costs: Vec<_> = kinds
-        .into_iter()
-        .filter(|kind| kind.row_bytes(shape.head_dim).is_some())
-        .map(|kind| (kind.name(), shape.kv_bytes(fit.context, kind)))
-        .collect();
+    let costs = shape.kv_costs(fit.context);
 
     let slots = fit.slots.as_ref();
     if args.json {
@@ -79,7 +81,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "resident_bytes": fit.fixed_bytes(),
             "context": fit.context,
             "kv_bytes": fit.kv_bytes,
-            "kv_bytes_by_type": costs.into_iter().collect::<BTreeMap<_, _>>(),
+            "kv_bytes_by_type": costs
+                .into_iter()
+                .map(|(kind, bytes)| (kind.name(), bytes))
+                .collect::<BTreeMap<_, _>>(),
             "slots": fit.slot_count(),
             "slot_bytes": slot_bytes,
             "experts": fit.experts,
@@ -92,7 +97,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let costs: Vec<_> = costs
         .into_iter()
-        .map(|(kind, bytes)| format!("{kind} {}", Size(bytes)))
+        .map(|(kind, bytes)| format!("{} {}", kind.name(), Size(bytes)))
         .collect();
     writeln!(out, "{fit}")
         .and_then(|()| {

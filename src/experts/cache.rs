@@ -5,94 +5,34 @@
 //! before down, in pieces that several readers have in flight together. It then gives out what has
 //! arrived. Where a layer needs more experts than there are slots, they come in rounds.
 //!
-//! What is likely to be needed next ([`Cache::expect`]) is read when nothing else is to be read: readers
+//! What is likely to be needed next ([`Cache::guess`]) is read when nothing else is to be read: readers
 //! that run dry look for it themselves, the layer that comes first before the others.
+
+mod ahead;
+mod counters;
+mod visit;
 
 use std::collections::VecDeque;
 use std::io;
-use std::ops::{Add, Range, Sub};
+use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use ahead::Ahead;
+pub use ahead::Guess;
+pub use counters::Counters;
+pub use visit::Visit;
+
+use super::Expert;
 use super::memory::Memory;
 use super::policy::{Kind, Policy};
-use super::{Expert, Portion};
 use crate::plan::fit::Slots;
 use crate::tensor::Extent;
 use crate::tensor::direct::{self, Error, Files, Piece, READ, READERS};
 
 /// Readers that may be busy with what is only likely.
 const SUSPICIONS: usize = 2;
-
-/// What a cache has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Experts that layers needed.
-    pub needed: u64,
-    /// Of those, the ones that were there.
-    pub hits: u64,
-    /// Bytes read.
-    pub read_bytes: u64,
-    /// Time that computation waited for the disk.
-    pub waited: Duration,
-    /// Time that something was being read.
-    pub busy: Duration,
-    /// Bytes read for experts that were not used before they went, or have not been yet.
-    pub unused_bytes: u64,
-    /// Experts that were expected of a layer before it was visited.
-    pub expected: u64,
-    /// Of those, the ones that were then needed.
-    pub expected_right: u64,
-}
-
-impl Counters {
-    /// The share of needed experts that were there; `None` where none was needed.
-    pub fn hit_rate(&self) -> Option<f64> {
-        (self.needed > 0).then(|| self.hits as f64 / self.needed as f64)
-    }
-
-    /// The share of expected experts that were needed; `None` where none was expected.
-    pub fn accuracy(&self) -> Option<f64> {
-        (self.expected > 0).then(|| self.expected_right as f64 / self.expected as f64)
-    }
-}
-
-impl Add for Counters {
-    type Output = Self;
-
-    /// What was done here and there.
-    fn add(self, other: Self) -> Self {
-        Self {
-            needed: self.needed + other.needed,
-            hits: self.hits + other.hits,
-            read_bytes: self.read_bytes + other.read_bytes,
-            waited: self.waited + other.waited,
-            busy: self.busy + other.busy,
-            unused_bytes: self.unused_bytes + other.unused_bytes,
-            expected: self.expected + other.expected,
-            expected_right: self.expected_right + other.expected_right,
-        }
-    }
-}
-
-impl Sub for Counters {
-    type Output = Self;
-
-    /// What was done since `before`.
-    fn sub(self, before: Self) -> Self {
-        Self {
-            needed: self.needed - before.needed,
-            hits: self.hits - before.hits,
-            read_bytes: self.read_bytes - before.read_bytes,
-            waited: self.waited - before.waited,
-            busy: self.busy - before.busy,
-            unused_bytes: self.unused_bytes.saturating_sub(before.unused_bytes),
-            expected: self.expected - before.expected,
-            expected_right: self.expected_right - before.expected_right,
-        }
-    }
-}
 
 /// Experts in slots.
 pub struct Cache {
@@ -107,6 +47,8 @@ struct Shared {
     class_of: Vec<usize>,
     /// Which thread may touch which part of it, the table says.
     memory: Memory,
+    /// Whether no more slots should be touched for the first time, where that is to be asked.
+    is_short: Option<fn() -> bool>,
     table: Mutex<Table>,
     /// There is something to read, or nothing any more.
     to_read: Condvar,
@@ -126,8 +68,8 @@ struct Table {
     needed: VecDeque<Read>,
     /// Reads for later.
     likely: VecDeque<Read>,
-    /// What visits to come are expected to need, the next one first.
-    expected: VecDeque<Expected>,
+    /// What visits to come are expected to need.
+    ahead: Ahead,
     /// The layer that is visited, or was last.
     visited: usize,
     /// Whether every expert of the visit has a slot, so that what is expected may take others.
@@ -143,20 +85,12 @@ struct Table {
     stop: bool,
 }
 
-/// What a visit is expected to need.
-struct Expected {
-    layer: usize,
-    experts: Vec<usize>,
-    /// How many of them have been seen to.
-    done: usize,
-    /// Whether it is certain.
-    certain: bool,
-}
-
 struct Slot {
     class: usize,
     /// Where it lies in the memory.
     range: Range<usize>,
+    /// Whether anything was ever read into it.
+    touched: bool,
     /// Layer and expert.
     holds: Option<(usize, usize)>,
     /// Reads of each part that have not arrived.
@@ -185,7 +119,8 @@ struct Read {
 }
 
 impl Cache {
-    /// An empty cache of `slots` for experts that lie at `layers` in `files`.
+    /// An empty cache of `slots` for experts that lie at `layers` in `files`. While `is_short` says so, it does with
+    /// the slots that were used before, as far as it can.
     ///
     /// # Errors
     /// When there is no memory for the slots, or the readers cannot be started.
@@ -194,6 +129,7 @@ impl Cache {
         layers: Vec<Vec<Expert<Extent>>>,
         slots: &Slots,
         policy: Kind,
+        is_short: Option<fn() -> bool>,
     ) -> io::Result<Self> {
         let experts = layers.first().map_or(0, Vec::len);
         let mut table = Vec::new();
@@ -205,6 +141,7 @@ impl Cache {
                 table.push(Slot {
                     class,
                     range,
+                    touched: false,
                     holds: None,
                     missing: [0; 3],
                     pinned: false,
@@ -216,13 +153,14 @@ impl Cache {
         let shared = Arc::new(Shared {
             files,
             memory: Memory::new(start)?,
+            is_short,
             class_of: slots.class_of.clone(),
             table: Mutex::new(Table {
                 slots: table,
                 place: vec![None; layers.len() * experts],
                 needed: VecDeque::new(),
                 likely: VecDeque::new(),
-                expected: VecDeque::new(),
+                ahead: Ahead::new(),
                 visited: 0,
                 settled: false,
                 reading: 0,
@@ -277,42 +215,39 @@ impl Cache {
             .collect()
     }
 
-    /// Layers to come will need such experts, the next one first: for certain, or probably. What was
-    /// expected before is forgotten. They are read when nothing else is, and take no slot from what the
-    /// present visit needs.
-    pub fn expect(&self, layers: impl IntoIterator<Item = (usize, Vec<usize>)>, certain: bool) {
+    /// The next `layer` will need all of these experts. They are read when nothing else is, and take no slot from what
+    /// the present visit needs. What was expected before is forgotten, here and by the other two.
+    pub fn expect(&self, layer: usize, experts: Vec<usize>) {
         let mut table = self.shared.lock();
-        let expected = layers.into_iter().map(|(layer, experts)| Expected {
-            layer,
-            experts,
-            done: 0,
-            certain,
-        });
-        table.expected = expected.collect();
-        // What the visit that has begun needs of what is on its way, it has not claimed yet.
-        let visited = table.visited;
-        self.shared
-            .give_up(&mut table, |(layer, _)| layer == visited);
-        // Readers that are idle begin at once.
-        self.shared.to_read.notify_all();
+        table.ahead.set(layer, experts);
+        self.shared.expect(&mut table);
+    }
+
+    /// The layers from `first` on will probably need such experts, of each layer the most certain ones first; as
+    /// many layers as [`sight`](Self::sight) says. What is not certain enough is not read, but compared.
+    pub fn guess(&self, first: usize, layers: Vec<Vec<Guess>>) {
+        let mut table = self.shared.lock();
+        table.ahead.guess(first, layers);
+        self.shared.expect(&mut table);
+    }
+
+    /// Nothing is known of what comes.
+    pub fn expect_nothing(&self) {
+        let mut table = self.shared.lock();
+        table.ahead.clear();
+        self.shared.expect(&mut table);
+    }
+
+    /// For how many layers guesses are wanted.
+    pub fn sight(&self) -> usize {
+        self.shared.lock().ahead.sight()
     }
 
     /// The experts `active` (ascending) of a layer, which the caller has to itself: there is one visit
     /// at a time.
     pub(super) fn visit<'a>(&'a self, layer: usize, active: &'a [usize]) -> Visit<'a> {
-        let mut table = self.shared.lock();
-        table.policy.visit(layer, active);
-        table.visited = layer;
-        table.settled = false;
-        self.shared.compare(&mut table, layer, active);
-        Visit {
-            shared: &self.shared,
-            layer,
-            active,
-            stages: vec![Stage::Outside; active.len()],
-            given: 0,
-            next: 0,
-        }
+        self.shared.begin(&mut self.shared.lock(), layer, active);
+        Visit::new(&self.shared, layer, active)
     }
 }
 
@@ -392,8 +327,10 @@ impl Shared {
         if let Some(read) = table.needed.pop_front() {
             return Some((read, false));
         }
-        let certain = table.expected.front().is_some_and(|next| next.certain);
-        let limit = if certain { READERS } else { SUSPICIONS };
+        let limit = match table.ahead.is_certain() {
+            true => READERS,
+            false => SUSPICIONS,
+        };
         if table.suspicions >= limit {
             return None;
         }
@@ -408,19 +345,9 @@ impl Shared {
         if !table.settled {
             return;
         }
-        for index in 0..table.expected.len() {
-            let next = &mut table.expected[index];
-            while let Some(&expert) = next.experts.get(next.done) {
-                let id = (next.layer, expert);
-                if table.place[self.index(id)].is_some() {
-                    next.done += 1;
-                } else if self.admit(table, id, true).is_some() {
-                    table.expected[index].done += 1;
-                    return;
-                } else {
-                    return;
-                }
-            }
+        let there = |id: (usize, usize)| table.place[self.index(id)].is_some();
+        if let Some(id) = table.ahead.next(there) {
+            self.admit(table, id, true);
         }
     }
 
@@ -438,12 +365,18 @@ impl Shared {
         let class = self.class_of[expert.0];
         let slots = table.slots.iter().enumerate();
         let idle = slots.filter(|(_, slot)| slot.class == class && slot.is_idle());
+        let untouched = |slot: &Slot| slot.class == class && !slot.touched;
+        let is_short = self
+            .is_short
+            .is_some_and(|is_short| table.slots.iter().any(untouched) && is_short());
+        let idle = idle.filter(|(_, slot)| slot.touched || !likely || !is_short);
         // What is expected goes last, and not for something else that is.
-        let is_expected = |slot: &Slot| slot.holds.is_some_and(|held| table.expects(held));
+        let is_expected = |slot: &Slot| slot.holds.is_some_and(|held| table.ahead.expects(held));
         let idle = idle.filter(|(_, slot)| !likely || !is_expected(slot));
         let worth = |slot: &Slot| match slot.holds {
+            None if is_short && !slot.touched => f64::INFINITY,
             None => f64::NEG_INFINITY,
-            Some(_) if is_expected(slot) => f64::INFINITY,
+            Some(_) if is_expected(slot) => f64::MAX,
             Some((layer, expert)) => table.policy.worth(layer, expert, table.visited),
         };
         let (index, _) = idle.min_by(|(_, a), (_, b)| worth(a).total_cmp(&worth(b)))?;
@@ -452,6 +385,7 @@ impl Shared {
             table.place[self.index(held)] = None;
         }
         slot.unused = 0;
+        slot.touched = true;
         table.place[self.index(expert)] = Some(index);
         let mut start = slot.range.start;
         for (part, extent) in self.layers[expert.0][expert.1]
@@ -481,18 +415,24 @@ impl Shared {
         Some(index)
     }
 
-    /// A layer is visited: what was expected is compared with what is needed, and what is not needed is
-    /// not read any further.
-    fn compare(&self, table: &mut Table, layer: usize, active: &[usize]) {
-        // What is expected of other layers stays so.
-        while let Some(index) = table.expected.iter().position(|next| next.layer == layer) {
-            let expected = table.expected.remove(index).expect("it is there");
-            if !expected.certain {
-                let right = expected.experts.iter().filter(|e| active.contains(e));
-                table.counters.expected_right += right.count() as u64;
-                table.counters.expected += expected.experts.len() as u64;
-            }
-        }
+    /// Something else is expected now.
+    fn expect(&self, table: &mut Table) {
+        // What the visit that has begun needs of what is on its way, it has not claimed yet.
+        let visited = table.visited;
+        self.give_up(table, |(layer, _)| layer == visited);
+        // Readers that are idle begin at once.
+        self.to_read.notify_all();
+    }
+
+    /// A visit begins: what was expected is compared with what is needed, and what is not needed is not read any
+    /// further.
+    fn begin(&self, table: &mut Table, layer: usize, active: &[usize]) {
+        table.policy.visit(layer, active);
+        table.visited = layer;
+        table.settled = false;
+        let (guessed, right) = table.ahead.compare(layer, active);
+        table.counters.expected += guessed as u64;
+        table.counters.expected_right += right as u64;
         self.give_up(table, |(of, expert)| {
             of == layer && active.contains(&expert)
         });
@@ -503,7 +443,7 @@ impl Shared {
         let reads = std::mem::take(&mut table.likely).into_iter();
         let (likely, gone): (VecDeque<_>, VecDeque<_>) = reads.partition(|read| {
             let held = table.slots[read.slot].holds;
-            held.is_some_and(|held| needed(held) || table.expects(held))
+            held.is_some_and(|held| needed(held) || table.ahead.expects(held))
         });
         table.likely = likely;
         for read in gone {
@@ -533,11 +473,6 @@ fn piece(extent: &Extent) -> Piece {
 }
 
 impl Table {
-    fn expects(&self, (layer, expert): (usize, usize)) -> bool {
-        let mut expected = self.expected.iter();
-        expected.any(|next| next.layer == layer && next.experts.contains(&expert))
-    }
-
     /// A read of a part of a slot is over, or will not be made.
     fn arrive(&mut self, slot: usize, part: usize, experts: usize) {
         let slot = &mut self.slots[slot];
@@ -551,246 +486,5 @@ impl Table {
     }
 }
 
-/// How far a visit has come with an expert.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    /// It has no slot yet.
-    Outside,
-    /// It has a slot, pinned.
-    Inside(usize),
-    /// Gate and up were given out.
-    Gated(usize),
-}
-
-/// A layer's active experts on their way: see [`super::Visit`].
-pub struct Visit<'a> {
-    shared: &'a Shared,
-    layer: usize,
-    active: &'a [usize],
-    stages: Vec<Stage>,
-    /// The first expert whose slot is still pinned.
-    given: usize,
-    /// The first expert whose down rows were not given out.
-    next: usize,
-}
-
-impl Visit<'_> {
-    /// See [`super::Visit::portion`].
-    ///
-    /// # Errors
-    /// When an expert cannot be read.
-    pub fn portion(&mut self) -> Result<Option<Portion<'_>>, Error> {
-        let mut table = self.shared.lock();
-        for stage in &self.stages[self.given..self.next] {
-            if let Stage::Gated(slot) = *stage {
-                table.slots[slot].pinned = false;
-                let used = std::mem::take(&mut table.slots[slot].unused);
-                table.counters.unused_bytes -= used;
-            }
-        }
-        self.given = self.next;
-        loop {
-            if let Some(error) = table.failure.take() {
-                return Err(error);
-            }
-            if self.given == self.active.len() {
-                return Ok(None);
-            }
-            self.admit(&mut table);
-            if self.can_go_on(&table) {
-                return Ok(Some(self.gather(&table)));
-            }
-            let start = Instant::now();
-            let woken = self.shared.arrived.wait(table);
-            table = woken.unwrap_or_else(PoisonError::into_inner);
-            table.counters.waited += start.elapsed();
-        }
-    }
-
-    /// Pins what is there, and queues what is not, as far as there are slots.
-    fn admit(&mut self, table: &mut Table) {
-        let experts = self.shared.experts();
-        // Those in the window are pinned, so that it must not be larger than the slots: an expert that
-        // comes first could not get one.
-        let class = self.shared.class_of[self.layer];
-        let window = table
-            .slots
-            .iter()
-            .filter(|slot| slot.class == class)
-            .count();
-        let end = self.active.len().min(self.given + window);
-        // First those that are there: what the others take must not be theirs.
-        for index in self.given..end {
-            let place = table.place[self.layer * experts + self.active[index]];
-            let sound = place.filter(|&slot| !table.slots[slot].broken);
-            let (Stage::Outside, Some(slot)) = (self.stages[index], sound) else {
-                continue;
-            };
-            table.counters.hits += u64::from(table.slots[slot].missing == [0; 3]);
-            // What was read on suspicion is now needed.
-            let (own, others): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut table.likely)
-                .into_iter()
-                .partition(|read| read.slot == slot);
-            table.likely = others;
-            if !own.is_empty() {
-                table.needed.extend(own);
-                self.shared.to_read.notify_all();
-            }
-            self.pin(table, index, slot);
-        }
-        for index in self.given..end {
-            if self.stages[index] != Stage::Outside {
-                continue;
-            }
-            let id = (self.layer, self.active[index]);
-            // It was given up, and the last of its reads is not over; or no slot is idle.
-            let is_broken = table.place[self.layer * experts + id.1].is_some();
-            let slot = match is_broken {
-                true => None,
-                false => self.shared.admit(table, id, false),
-            };
-            let Some(slot) = slot else { return };
-            self.pin(table, index, slot);
-        }
-        if end == self.active.len() && !table.settled {
-            table.settled = true;
-            self.shared.to_read.notify_all();
-        }
-    }
-
-    fn pin(&mut self, table: &mut Table, index: usize, slot: usize) {
-        table.counters.needed += 1;
-        table.slots[slot].pinned = true;
-        self.stages[index] = Stage::Inside(slot);
-    }
-
-    /// Whether anything can be computed.
-    fn can_go_on(&self, table: &Table) -> bool {
-        let missing = |slot: usize| table.slots[slot].missing;
-        let gated = self
-            .stages
-            .iter()
-            .any(|stage| matches!(*stage, Stage::Inside(slot) if missing(slot)[..2] == [0; 2]));
-        gated || matches!(self.stages[self.next], Stage::Gated(slot) if missing(slot)[2] == 0)
-    }
-
-    /// What can be computed.
-    fn gather(&mut self, table: &Table) -> Portion<'_> {
-        let mut portion = Portion::default();
-        for (&expert, stage) in self.active.iter().zip(&mut self.stages).skip(self.next) {
-            let Stage::Inside(index) = *stage else {
-                continue;
-            };
-            let slot = &table.slots[index];
-            if slot.missing[0] + slot.missing[1] > 0 {
-                continue;
-            }
-            // SAFETY: pinned until `portion` is called again at least, which ends the borrow; arrived.
-            let (gate, up) = unsafe { (self.shared.rows(slot, 0), self.shared.rows(slot, 1)) };
-            portion.gates.push((expert, gate, up));
-            *stage = Stage::Gated(index);
-        }
-        while let Some(&Stage::Gated(index)) = self.stages.get(self.next) {
-            let slot = &table.slots[index];
-            if slot.missing[2] > 0 {
-                break;
-            }
-            // SAFETY: as above; it stays pinned while `given` is behind `next`.
-            let down = unsafe { self.shared.rows(slot, 2) };
-            portion.downs.push((self.active[self.next], down));
-            self.next += 1;
-        }
-        portion
-    }
-}
-
-impl Drop for Visit<'_> {
-    fn drop(&mut self) {
-        let mut table = self.shared.lock();
-        for stage in &self.stages[self.given..] {
-            if let Stage::Inside(slot) | Stage::Gated(slot) = *stage {
-                table.slots[slot].pinned = false;
-            }
-        }
-    }
-}
-
 #[cfg(all(test, target_os = "linux"))]
-mod tests {
-    use super::*;
-    use crate::plan::fit::Class;
-    use crate::quant::BlockType;
-
-    /// Experts of three parts of 8 KiB, one after the other, and two slots for them.
-    fn experts(layers: u64, experts: u64) -> (Vec<Vec<Expert<Extent>>>, Slots) {
-        let extent = |index: u64| Extent {
-            kind: BlockType::F32,
-            rows: 8,
-            cols: 256,
-            stride: 1024,
-            file: 0,
-            offset: index * 8192,
-        };
-        let expert = |index: u64| Expert {
-            gate: extent(3 * index),
-            up: extent(3 * index + 1),
-            down: extent(3 * index + 2),
-        };
-        let layer = |layer: u64| (0..experts).map(|e| expert(layer * experts + e)).collect();
-        let slots = Slots {
-            classes: vec![Class {
-                slot_bytes: 3 * (8192 + 4096),
-                expert_bytes: 3 * 8192,
-                experts: (layers * experts) as usize,
-                slots: 2,
-            }],
-            class_of: vec![0; layers as usize],
-        };
-        ((0..layers).map(layer).collect(), slots)
-    }
-
-    /// What was read ahead for a visit is not given up to what else the visit needs, however little it is worth.
-    #[test]
-    fn what_is_there_stays_while_the_rest_is_fetched() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("weights");
-        std::fs::write(&path, vec![1; 64 * 8192]).unwrap();
-        let (layers, mut slots) = experts(2, 4);
-        slots.classes[0].slots = 3;
-        let files = Files::buffered(path);
-        let cache = Cache::new(files, layers, &slots, Kind::default()).unwrap();
-        let visit = |layer: usize, active: &[usize]| {
-            let mut visit = cache.visit(layer, active);
-            while visit.portion().unwrap().is_some() {}
-        };
-        for _ in 0..8 {
-            visit(0, &[0]);
-            visit(1, &[0]);
-        }
-        visit(0, &[2]);
-        let before = cache.counters();
-        // There is one slot for expert 1, and expert 2 of the same layer would be the first to go.
-        visit(0, &[1, 2]);
-        let done = cache.counters() - before;
-        assert_eq!((done.needed, done.hits), (2, 1));
-    }
-
-    /// Readers that fail end a visit with an error, again and again, and the cache can be dropped.
-    #[test]
-    fn a_disk_that_fails_ends_the_visit_with_an_error() {
-        let (layers, slots) = experts(2, 2);
-        let cache = Cache::new(Files::failing(), layers, &slots, Kind::default()).unwrap();
-        for layer in [0, 1, 0] {
-            cache.expect([((layer + 1) % 2, vec![0, 1])], false);
-            let mut visit = cache.visit(layer, &[0, 1]);
-            let error = loop {
-                match visit.portion() {
-                    Ok(portion) => assert!(portion.is_some(), "nothing can have been read"),
-                    Err(error) => break error,
-                }
-            };
-            assert!(matches!(error, Error::Read { .. }), "{error}");
-        }
-        assert_eq!(cache.counters().hits, 0);
-    }
-}
+mod tests;

@@ -5,11 +5,11 @@ use std::ops::Range;
 use super::attention::Attention;
 use super::moe::{Routing, choose_preferred};
 use super::{KvCache, Layer, Model, Observer, Site, State};
-use crate::experts::Cache;
+use crate::experts::cache::{Cache, Guess};
 use crate::kernels::experts::feed_forward;
 use crate::kernels::linear::{Into, linear};
 use crate::kernels::low_rank::LowRank;
-use crate::kernels::{Activations, Kernels, Phase};
+use crate::kernels::{Activation, Activations, Kernels, Phase};
 use crate::tensor::direct;
 use crate::threads::Pool;
 
@@ -133,6 +133,9 @@ pub(crate) fn forward_part(
     if let Some(trace) = &mut s.trace {
         trace.begin(n, phase == Phase::Prompt);
     }
+    if let Some(cache) = weights.experts.cache() {
+        look_ahead(cache, model, phase, part.start, pool, kernels, n, s);
+    }
     for l in part.clone() {
         let layer = &weights.layers[l];
         // q [n, heads · head_dim], k and v [n, kv_heads · head_dim] = norm(x) · Wᵀ
@@ -193,16 +196,11 @@ pub(crate) fn forward_part(
             norm(row(&s.x, t, hidden), &layer.ffn_norm, eps, out)
         });
         let used = shape.experts_used;
-        if let Some(router) = &layer.router {
+        if layer.router.is_some() {
             let normed = &s.normed;
             let preferred = preferred(model, phase, l);
             pool.chunks(&mut s.chosen[..n * used], used, |t, chosen| {
-                let scores = &mut [0.0; MAX_EXPERTS][..shape.experts];
-                kernels.dot_rows(router.all(), normed.row(t), scores);
-                if let Some(low) = lora.and_then(|lora| lora.router.as_ref()) {
-                    low.add_one(kernels, normed.row(t).x, scores);
-                }
-                choose_preferred(scores, preferred.as_ref(), chosen);
+                choose_for(model, kernels, l, normed.row(t), preferred.as_ref(), chosen);
             });
         }
         s.routes.group(shape.experts, used, &s.chosen[..n * used]);
@@ -213,7 +211,7 @@ pub(crate) fn forward_part(
         // The visit first: it is compared with what was expected of it, which then makes place.
         let visit = weights.experts.visit(l, &active);
         if let Some(cache) = weights.experts.cache() {
-            expect(cache, model, phase, l, pool, kernels, n, s);
+            look_ahead(cache, model, phase, l + 1, pool, kernels, n, s);
         }
         feed_forward(
             pool,
@@ -306,27 +304,27 @@ pub fn hidden_states(
     }
 }
 
-/// Tells the cache what the layers after `l` will need: everything where so many tokens come that hardly an
-/// expert can be without one; else what their routers choose with the residual as it is, before this layer's
-/// experts have added their part.
+/// Tells the cache what the layers from `next` on will need: everything where so many tokens come that hardly an
+/// expert can be without one; else what their routers choose with the residual as it is, before the layers
+/// between have added their part.
 #[allow(clippy::too_many_arguments)] // the pass's own, and where it stands
-fn expect(
+fn look_ahead(
     cache: &Cache,
     model: &Model,
     phase: Phase,
-    l: usize,
+    next: usize,
     pool: &Pool,
     kernels: &Kernels,
     n: usize,
     s: &mut State,
 ) {
-    let (config, layers) = (&model.config, &model.weights.layers[l + 1..]);
+    let (config, layers) = (&model.config, &model.weights.layers[next..]);
     let (shape, norm) = (&config.shape, kernels.floats.norm);
-    let Some(next) = layers.first() else {
-        return cache.expect([], false);
+    let Some(first) = layers.first() else {
+        return cache.expect_nothing();
     };
-    if next.router.is_none() || n * shape.experts_used >= MANY * shape.experts {
-        return cache.expect([(l + 1, (0..shape.experts).collect())], true);
+    if first.router.is_none() || n * shape.experts_used >= MANY * shape.experts {
+        return cache.expect(next, (0..shape.experts).collect());
     }
     let mut guess = |(l, layer): (usize, &Layer)| {
         let preferred = preferred(model, phase, l);
@@ -337,25 +335,50 @@ fn expect(
         let mut wanted = Vec::new();
         let mut chosen = vec![(0, 0.0); shape.experts_used];
         for t in 0..n {
-            let scores = &mut [0.0; MAX_EXPERTS][..shape.experts];
-            let router = layer.router.as_ref().expect("all layers are alike");
-            kernels.dot_rows(router.all(), s.last.row(t), scores);
-            choose_preferred(scores, preferred.as_ref(), &mut chosen);
-            wanted.extend_from_slice(&chosen);
+            choose_for(
+                model,
+                kernels,
+                l,
+                s.last.row(t),
+                preferred.as_ref(),
+                &mut chosen,
+            );
+            let ranked = chosen.iter().enumerate();
+            wanted.extend(ranked.map(|(rank, &(expert, weight))| (weight, Guess { expert, rank })));
         }
         // What is most certain first.
-        wanted.sort_by(|(_, a), (_, b)| b.total_cmp(a));
-        let mut experts = Vec::new();
-        for (expert, _) in wanted {
-            if !experts.contains(&expert) {
-                experts.push(expert);
+        wanted.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+        let mut guesses: Vec<Guess> = Vec::new();
+        for (_, guess) in wanted {
+            if !guesses.iter().any(|other| other.expert == guess.expert) {
+                guesses.push(guess);
             }
         }
-        (l, experts)
+        guesses
     };
-    let ahead = (l + 1..).zip(layers.iter().take(LOOKAHEAD));
-    let guesses: Vec<_> = ahead.map(&mut guess).collect();
-    cache.expect(guesses, false);
+    let ahead = (next..).zip(layers).take(cache.sight());
+    cache.guess(next, ahead.map(&mut guess).collect());
+}
+
+/// Layer `l`'s experts of a token with the normed row `x`.
+fn choose_for(
+    model: &Model,
+    kernels: &Kernels,
+    l: usize,
+    x: Activation<'_>,
+    preferred: Option<&(Vec<bool>, f32)>,
+    chosen: &mut [(usize, f32)],
+) {
+    let Some(router) = &model.weights.layers[l].router else {
+        return;
+    };
+    let scores = &mut [0.0; MAX_EXPERTS][..model.config.shape.experts];
+    kernels.dot_rows(router.all(), x, scores);
+    let lora = model.lora.as_ref().map(|lora| &lora.layers[l]);
+    if let Some(low) = lora.and_then(|lora| lora.router.as_ref()) {
+        low.add_one(kernels, x.x, scores);
+    }
+    choose_preferred(scores, preferred, chosen);
 }
 
 /// The experts of a layer that are preferred, and by how much, where some are.
@@ -370,10 +393,6 @@ fn preferred(model: &Model, phase: Phase, l: usize) -> Option<(Vec<bool>, f32)> 
 
 /// Routes an expert from which on it is taken for certain that all experts have tokens.
 const MANY: usize = 8;
-
-/// Layers ahead that are guessed: more than one, since there may be time to read when the next one's experts are
-/// all there.
-const LOOKAHEAD: usize = 3;
 
 /// Row `t` of a matrix of `cols` columns.
 fn row<T>(matrix: &[T], t: usize, cols: usize) -> &[T] {

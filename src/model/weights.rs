@@ -61,7 +61,7 @@ impl Weights {
         let experts = shape.is_moe().then_some(shape.experts);
         let source = match placement {
             Placement::Mapped => Source::Mapped(Mapped::open(gguf)?),
-            Placement::Read | Placement::Cached(..) => {
+            Placement::Read | Placement::Cached { .. } => {
                 Source::Files(Files::open(gguf).map_err(tensor::Error::from)?)
             }
         };
@@ -107,8 +107,15 @@ impl Weights {
         };
         let source = bind.finish()?;
         let experts = match (source, placement) {
-            (Source::Files(files), Placement::Cached(slots, policy)) => {
-                let cache = Cache::new(files, experts, slots, policy);
+            (
+                Source::Files(files),
+                Placement::Cached {
+                    slots,
+                    policy,
+                    is_short,
+                },
+            ) => {
+                let cache = Cache::new(files, experts, slots, policy, is_short);
                 Experts::Cached(cache.map_err(|source| tensor::Error::NoRoom {
                     file: gguf.files[0].clone(),
                     bytes: slots.bytes(),
@@ -186,9 +193,15 @@ pub enum Placement<'a> {
     Mapped,
     /// In memory of our own.
     Read,
-    /// Experts in such slots, which an expert gets and gives up by a policy; everything else in memory of our
-    /// own.
-    Cached(&'a Slots, policy::Kind),
+    /// Experts in slots; everything else in memory of our own.
+    Cached {
+        /// The slots.
+        slots: &'a Slots,
+        /// Which expert gives up its own.
+        policy: policy::Kind,
+        /// Whether memory has become short, where that is to be asked before more is taken.
+        is_short: Option<fn() -> bool>,
+    },
 }
 
 /// Where matrices come from.

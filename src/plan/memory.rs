@@ -43,15 +43,23 @@ pub fn share_out(memory: u64, needs: &[Needs]) -> Option<Vec<u64>> {
     Some(shares)
 }
 
-/// What is left to everybody else of what is available.
+/// What is left to everybody else of what is available, at least.
 const TO_SPARE: u64 = 512 << 20;
+/// And this share of all memory: the larger a machine, the more runs beside.
+const SHARE_TO_SPARE: u64 = 32;
+/// With less than this available no more is taken.
+const SHORT: u64 = TO_SPARE / 2;
 
 impl Memory {
     /// The bytes; `None` where the system does not say.
     pub fn bytes(self) -> Option<u64> {
         match self {
             Self::Bytes(bytes) => Some(bytes),
-            Self::Auto => available().map(|bytes| bytes.saturating_sub(TO_SPARE.min(bytes / 8))),
+            Self::Auto => {
+                let (available, total) = (available()?, total()?);
+                let spare = TO_SPARE.max(total / SHARE_TO_SPARE);
+                Some(available.saturating_sub(spare.min(available / 8)))
+            }
         }
     }
 }
@@ -106,6 +114,17 @@ fn available() -> Option<u64> {
     let info = fs::read_to_string("/proc/meminfo").ok()?;
     let machine = in_kib(&info, "MemAvailable:")?;
     Some(confined().map_or(machine, |group| group.min(machine)))
+}
+
+/// Memory of the machine.
+fn total() -> Option<u64> {
+    in_kib(&fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")
+}
+
+/// Whether so little is left that taking more could end in the system's ending somebody. A plan is made when a
+/// model is loaded, and others may have grown since.
+pub fn is_short() -> bool {
+    available().is_some_and(|bytes| bytes < SHORT)
 }
 
 /// What the process's control group leaves it, files in memory not counted since they give way.

@@ -11,9 +11,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use memmap2::MmapMut;
+use rand::rngs::ChaCha8Rng;
+use rand::{RngExt, SeedableRng};
 
 use crate::gguf::Gguf;
 
@@ -185,12 +187,16 @@ impl Files {
         &self.files[file].0
     }
 
-    /// Bytes a second that come from the disk while several threads read pieces of several megabytes one
-    /// after the other, for about `time`, from the end of the first file backwards.
+    /// Bytes a second that come from the disk as experts are read: several threads read matrices of 32 MiB, piece by
+    /// piece, here and there in the first file, for about `time`. (One long read would say more than experts get,
+    /// where a disk or its host reads ahead.)
     ///
     /// # Errors
     /// As [`read`](Self::read).
     pub fn speed(&self, time: Duration) -> Result<f64, Error> {
+        /// Pieces of a matrix, and matrices that are drawn.
+        const PIECES: usize = 8;
+        const MATRICES: usize = 1 << 12;
         let (path, file) = &self.files[0];
         let failed = |source| Error::Open {
             file: path.clone(),
@@ -198,14 +204,22 @@ impl Files {
         };
         let len = file.metadata().map_err(failed)?.len();
         let pieces: Vec<_> = Piece::around(0, 0, len).cut(READ).collect();
+        let matrices = pieces.len().div_ceil(PIECES);
+        // Other places each time: what was read a moment ago may come from some cache.
+        let seed = SystemTime::now().duration_since(UNIX_EPOCH);
+        let mut rng = ChaCha8Rng::seed_from_u64(seed.map_or(0, |since| since.as_nanos() as u64));
+        let places: Vec<usize> = (0..MATRICES)
+            .map(|_| rng.random_range(0..matrices))
+            .collect();
         let start = Instant::now();
-        let next = AtomicUsize::new(pieces.len());
+        let next = AtomicUsize::new(0);
         let reader = || {
             let mut buffer = memory(READ).map_err(failed)?;
             let mut bytes = 0;
             while start.elapsed() < time {
-                let turn = next.fetch_sub(1, Ordering::Relaxed).wrapping_sub(1);
-                let piece = pieces[turn % pieces.len()];
+                let turn = next.fetch_add(1, Ordering::Relaxed);
+                let place = places[turn / PIECES % MATRICES] * PIECES + turn % PIECES;
+                let piece = pieces[place % pieces.len()];
                 self.read(piece, &mut buffer)?;
                 bytes += piece.needed;
             }

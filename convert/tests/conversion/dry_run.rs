@@ -215,10 +215,15 @@ fn json_is_one_object_and_the_missing_tokenizer_is_told_apart_from_it() {
             "params_active",
             "file_bytes",
             "ram_bytes",
+            "kv_bytes_by_type",
             "plan",
             "tensors"
         ]
     );
+    // 32 layers, 8 heads of 128 keys and 128 values, 512 tokens; 8.5 and 4.5 bits a value in blocks.
+    let values = 32 * 8 * 256 * 512;
+    let costs = json!({"F16": values * 2, "Q8_0": values * 17 / 16, "Q4_0": values * 9 / 16});
+    assert_eq!(figures["kv_bytes_by_type"], costs);
     assert!(
         String::from_utf8(output.stderr)
             .unwrap()
