@@ -50,6 +50,21 @@ pub const SUPER_BLOCK: usize = 256;
 /// The weights, or their importance, or their levels of a super-block.
 type Super<T> = [T; SUPER_BLOCK];
 
+/// The `blocks` super-blocks of a row, and their importance.
+#[inline(always)]
+fn super_blocks_of<'a>(
+    row: &'a [f32],
+    importance: Option<&'a [f32]>,
+    blocks: usize,
+) -> (&'a [Super<f32>], Option<&'a [Super<f32>]>) {
+    assert_eq!(row.len(), blocks * SUPER_BLOCK, "the blocks hold the row");
+    let importance = importance.map(|importance| {
+        assert_eq!(importance.len(), row.len(), "one importance a weight");
+        importance.as_chunks().0
+    });
+    (row.as_chunks().0, importance)
+}
+
 /// Encodes a row, super-block by super-block.
 #[inline(always)]
 fn encode_each<B>(
@@ -58,17 +73,9 @@ fn encode_each<B>(
     blocks: &mut [B],
     encode: impl Fn(&Super<f32>, Option<&Super<f32>>) -> B,
 ) {
-    assert_eq!(
-        row.len(),
-        blocks.len() * SUPER_BLOCK,
-        "the blocks hold the row"
-    );
-    let importance = importance.map(|importance| {
-        assert_eq!(importance.len(), row.len(), "one importance a weight");
-        importance.as_chunks().0
-    });
+    let (rows, importance) = super_blocks_of(row, importance, blocks.len());
     // `encode` is called in one place, so that it is inlined there.
-    for (i, (block, x)) in blocks.iter_mut().zip(row.as_chunks().0).enumerate() {
+    for (i, (block, x)) in blocks.iter_mut().zip(rows).enumerate() {
         *block = encode(x, importance.map(|importance| &importance[i]));
     }
 }
@@ -84,16 +91,7 @@ fn encode_abreast<B>(
     blocks: &mut [B],
     encode: impl Fn([&Super<f32>; ABREAST], Option<[&Super<f32>; ABREAST]>) -> [B; ABREAST],
 ) {
-    assert_eq!(
-        row.len(),
-        blocks.len() * SUPER_BLOCK,
-        "the blocks hold the row"
-    );
-    let importance = importance.map(|importance| {
-        assert_eq!(importance.len(), row.len(), "one importance a weight");
-        importance.as_chunks().0
-    });
-    let rows: &[Super<f32>] = row.as_chunks().0;
+    let (rows, importance) = super_blocks_of(row, importance, blocks.len());
     for (i, blocks) in blocks.chunks_mut(ABREAST).enumerate() {
         // A row's last blocks may be fewer; the first of them stands in for the others.
         let at: [usize; ABREAST] = from_fn(|j| ABREAST * i + if j < blocks.len() { j } else { 0 });
