@@ -69,6 +69,11 @@ impl Test {
         }
     }
 
+    /// Tokens a second, where it took `time`.
+    pub fn rate(self, time: Duration) -> f64 {
+        self.tokens() as f64 / time.as_secs_f64().max(1e-9)
+    }
+
     /// Runs the test once in `session`, which must have room, and returns the time it took.
     ///
     /// # Errors
@@ -198,18 +203,15 @@ impl Times {
     /// Tokens a second at the median time.
     pub fn tok_s(&self) -> f64 {
         let times = &self.sorted;
-        self.rate((times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2)
+        self.test
+            .rate((times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2)
     }
 
     /// Tokens a second of the slowest and the fastest repetition.
     pub fn tok_s_range(&self) -> (f64, f64) {
         (
-            self.rate(self.sorted[self.sorted.len() - 1]),
-            self.rate(self.sorted[0]),
+            self.test.rate(self.sorted[self.sorted.len() - 1]),
+            self.test.rate(self.sorted[0]),
         )
-    }
-
-    fn rate(&self, time: Duration) -> f64 {
-        self.test.tokens() as f64 / time.as_secs_f64().max(1e-9)
     }
 }

@@ -23,6 +23,7 @@ use fewbit::kernels::{Activation, Activations, Kernels, STREAMS, TILE_ROWS, TILE
 use fewbit::quant::BlockType;
 use fewbit::tensor::Rows;
 use fewbit::threads::Pool;
+use memmap2::{Advice, MmapMut};
 use quant_tests::rows::SplitMix64;
 
 /// Columns of a row: Mixtral's width.
@@ -74,6 +75,14 @@ fn random_bytes(len: usize) -> Vec<u8> {
     bytes
 }
 
+/// The same in pages as large as those of a file that is in memory.
+fn in_huge_pages(bytes: Vec<u8>) -> MmapMut {
+    let mut map = MmapMut::map_anon(bytes.len()).expect("memory");
+    let _ = map.advise(Advice::HugePage);
+    map.copy_from_slice(&bytes);
+    map
+}
+
 /// `tokens` rows of activations.
 fn activations(kernels: &Kernels, tokens: usize) -> Activations {
     let pool = Pool::new(1).expect("one thread");
@@ -114,7 +123,7 @@ fn measure(
 }
 
 fn decode(criterion: &mut Criterion, kernels: &Kernels, limit: f64) {
-    let bytes = random_bytes(MEMORY);
+    let bytes = in_huge_pages(random_bytes(MEMORY));
     let x = activations(kernels, 1);
     let mut group = criterion.benchmark_group(format!("decode/{}", kernels.name));
     for kind in TYPES {

@@ -756,6 +756,7 @@ fn bench_prints_what_scripts_rely_on() {
         "tok_s_max",
         "gb_s",
         "gop_s",
+        "limit",
         "share_of_limit",
     ];
     assert_keys(&results[0], &keys);

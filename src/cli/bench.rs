@@ -19,7 +19,7 @@ use super::common::{
 use crate::bench::{Test, Times};
 use crate::engine::Engine;
 use crate::experts::Cache;
-use crate::kernels::limits::Limits;
+use crate::kernels::limits::{self, Limits};
 use crate::plan::fit::Fit;
 use crate::plan::{Group, Sizes};
 
@@ -104,26 +104,31 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let disk_before = disk_speed(&engine)?;
     // The measurement's own buffer is not the model's.
     reset_peak_rss();
-    let (mut runs, mut own_rss) = (Vec::new(), None);
+    let (mut runs, mut memory) = (Vec::new(), Memory::default());
     for test in args.tests() {
         runs.push(measure(
             &engine,
             rival.as_ref(),
             test,
             args.repetitions,
-            &mut own_rss,
+            &mut memory,
         )?);
     }
     // What the rival takes cannot be told apart from ours.
-    let peak_rss = peak_rss_bytes().filter(|_| rival.is_none());
-    let own_rss = own_rss.filter(|_| rival.is_none());
-    let limits = before.best(Limits::measure(engine.pool()));
+    let memory = if rival.is_some() {
+        Memory::default()
+    } else {
+        memory
+    };
+    let limits = runs
+        .iter()
+        .fold(before, |best, run| best.best(run.best_limit()));
     let disk = disk_speed(&engine)?;
     let disk = disk.zip(disk_before).map(|(a, b)| a.max(b));
 
     let rows: Vec<Row> = runs
         .iter()
-        .map(|run| Row::new(run, &sizes, limits, engine.fit(), disk))
+        .map(|run| Row::new(run, &sizes, engine.fit(), disk))
         .collect();
     if args.json {
         let results: Vec<_> = rows.iter().map(Row::to_json).collect();
@@ -134,8 +139,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "kernels": engine.kernels(),
             "limits": {"read_gb_s": limits.read_gb_s, "int8_gop_s": limits.int8_gop_s},
             "results": results,
-            "peak_rss_bytes": peak_rss,
-            "own_rss_bytes": own_rss,
+            "peak_rss_bytes": memory.peak,
+            "own_rss_bytes": memory.own,
         });
         if let Some(disk) = disk {
             object["limits"]["disk_gb_s"] = json!(disk / 1e9);
@@ -168,8 +173,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     write!(
         out,
-        "{:<12} {:>10} {:>19} {:>9} {:>9} {:>16}",
-        "test", "tok/s", "range", "GB/s", "GOP/s", "share of limit"
+        "{:<12} {:>10} {:>19} {:>9} {:>9} {:>9} {:>16}",
+        "test", "tok/s", "range", "GB/s", "GOP/s", "limit", "share of limit"
     )?;
     if rival.is_some() {
         write!(
@@ -187,10 +192,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     });
     writeln!(
         out,
-        "limits of the machine: {:.1} GB/s read, {:.0} GOP/s int8{disk}",
+        "limits of the machine at its best: {:.1} GB/s read, {:.0} GOP/s int8{disk}",
         limits.read_gb_s, limits.int8_gop_s
     )?;
-    if let Some(own) = own_rss {
+    if let Some(own) = memory.own {
         writeln!(
             out,
             "memory beside the mapped file: {:.0} MB",
@@ -209,26 +214,80 @@ struct Run {
     /// With rows in place, and repacked.
     theirs: Option<[Times; 2]>,
     streamed: Streamed,
+    /// What each repetition took, and the machine's limit around it: the better of before and after, in GB/s of
+    /// a stream for generation, in GOP/s of int8 for a prompt.
+    around: Vec<(Duration, f64)>,
 }
 
-/// Runs `test` here and, in turns, in the rival. `own_rss` becomes the largest that was seen.
+impl Run {
+    /// The best limit that was seen.
+    fn best_limit(&self) -> Limits {
+        let best = self
+            .around
+            .iter()
+            .fold(0.0, |best: f64, (_, limit)| best.max(*limit));
+        match self.ours.test {
+            Test::Prompt(_) => Limits {
+                read_gb_s: 0.0,
+                int8_gop_s: best,
+            },
+            Test::Generate { .. } => Limits {
+                read_gb_s: best,
+                int8_gop_s: 0.0,
+            },
+        }
+    }
+}
+
+/// The median; of an even number, that of the two in the middle which is lower.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[(values.len() - 1) / 2]
+}
+
+/// The most memory that was seen in use, without what measuring limits takes.
+#[derive(Default)]
+struct Memory {
+    peak: Option<u64>,
+    own: Option<u64>,
+}
+
+impl Memory {
+    /// The machine's limit for `test`.
+    fn apart(&mut self, measure: impl FnOnce() -> f64) -> f64 {
+        self.peak = peak_rss_bytes().max(self.peak);
+        let limit = measure();
+        reset_peak_rss();
+        limit
+    }
+}
+
+/// Runs `test` here and, in turns, in the rival. The limit is measured around every repetition: on a machine that is
+/// shared, or whose cores move from one die to another, it is not the same for long.
 fn measure(
     engine: &Arc<Engine>,
     rival: Option<&Rival>,
     test: Test,
     repetitions: u16,
-    own_rss: &mut Option<u64>,
+    memory: &mut Memory,
 ) -> anyhow::Result<Run> {
+    let limit = || match test {
+        Test::Prompt(_) => limits::int8_peak(engine.pool()),
+        Test::Generate { .. } => limits::read_bandwidth(engine.pool()),
+    };
+    let mut around = Vec::new();
     let mut session = engine.session(test.context())?;
     let counters = || engine.expert_cache().map(Cache::counters);
     let mut streamed = Streamed::default();
     let mut ours = |seed| {
         let mut before = None;
+        let limit_before = memory.apart(limit);
         let time = test.run_from(&mut session, seed, || before = counters())?;
+        memory.own = own_rss_bytes().max(memory.own);
         if seed > 0 {
             streamed.add(time, before, counters());
+            around.push((time, limit_before.max(memory.apart(limit))));
         }
-        *own_rss = own_rss_bytes().max(*own_rss);
         Ok(time)
     };
     let mut runners = rival
@@ -248,6 +307,7 @@ fn measure(
         ours,
         theirs: times.next().zip(times.next()).map(|(a, b)| [a, b]),
         streamed,
+        around,
     })
 }
 
@@ -312,6 +372,8 @@ struct Row {
     range: (f64, f64),
     gb_s: Option<f64>,
     gop_s: Option<f64>,
+    /// Medians of the limit around a repetition and of the share of it that was reached.
+    limit: f64,
     share: f64,
     against: Option<Beside>,
     streamed: Option<streamed::Row>,
@@ -328,23 +390,28 @@ struct Beside {
 }
 
 impl Row {
-    fn new(run: &Run, sizes: &Sizes, limits: Limits, fit: Option<&Fit>, disk: Option<f64>) -> Self {
+    fn new(run: &Run, sizes: &Sizes, fit: Option<&Fit>, disk: Option<f64>) -> Self {
         let times = &run.ours;
         let (tok_s, range, test) = (times.tok_s(), times.tok_s_range(), times.test.to_string());
-        let (gb_s, gop_s, share) = match times.test {
+        // What a token costs, in 10⁹ bytes or operations.
+        let cost = match times.test {
             Test::Prompt(tokens) => {
                 let params = |group| sizes.group(group).params as f64;
                 let head = head_params(sizes) as f64;
                 let body =
                     sizes.params_active() as f64 - params(Group::Embedding) - params(Group::Output);
-                let gop_s = 2.0 * (body + head / tokens as f64) * tok_s / 1e9;
-                (None, Some(gop_s), gop_s / limits.int8_gop_s)
+                2.0 * (body + head / tokens as f64) / 1e9
             }
-            Test::Generate { .. } => {
-                let gb_s = sizes.active_bytes_per_token() as f64 * tok_s / 1e9;
-                (Some(gb_s), None, gb_s / limits.read_gb_s)
-            }
+            Test::Generate { .. } => sizes.active_bytes_per_token() as f64 / 1e9,
         };
+        let (gb_s, gop_s) = match times.test {
+            Test::Prompt(_) => (None, Some(cost * tok_s)),
+            Test::Generate { .. } => (Some(cost * tok_s), None),
+        };
+        let around = run.around.iter();
+        let share = |(time, limit): &(Duration, f64)| cost * times.test.rate(*time) / limit;
+        let share = median(around.clone().map(share).collect());
+        let limit = median(around.map(|(_, limit)| *limit).collect());
         let against = run.theirs.as_ref().map(|theirs| {
             let repacked = theirs[1].tok_s() > theirs[0].tok_s();
             let (best, other) = (
@@ -364,6 +431,7 @@ impl Row {
             range,
             gb_s,
             gop_s,
+            limit,
             share,
             against,
             streamed: run.streamed.row(times.test, fit, disk),
@@ -376,12 +444,13 @@ impl Row {
         let range = |(min, max): (f64, f64)| format!("{min:.2} – {max:.2}");
         write!(
             out,
-            "{:<12} {:>10.2} {:>19} {:>9} {:>9} {:>15.1}%",
+            "{:<12} {:>10.2} {:>19} {:>9} {:>9} {:>9.1} {:>15.1}%",
             self.test,
             self.tok_s,
             range(self.range),
             figure(self.gb_s),
             figure(self.gop_s),
+            self.limit,
             100.0 * self.share
         )?;
         if let Some(against) = &self.against {
@@ -413,6 +482,7 @@ impl Row {
             "tok_s_max": self.range.1,
             "gb_s": self.gb_s,
             "gop_s": self.gop_s,
+            "limit": self.limit,
             "share_of_limit": self.share,
         });
         if let Some(streamed) = &self.streamed {

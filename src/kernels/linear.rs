@@ -105,6 +105,9 @@ pub(super) fn multiply<'a>(
     }
 }
 
+/// Rows from which on tasks are larger.
+const MANY_ROWS: usize = 4096;
+
 /// How the rows of a matrix are cut into tasks: into sections of which each task takes a part, so that a
 /// thread whose tasks follow each other streams memory from as many places as there are sections.
 #[derive(Clone, Copy)]
@@ -130,12 +133,17 @@ impl Cut {
         }
     }
 
-    /// For products of which each row stands for itself: [`TILE_ROWS`] rows a task, few enough to balance
-    /// cores of different speed, and enough that claiming costs nothing (32 rows of 4096 four-bit
-    /// weights are 74 KB).
+    /// For products of which each row stands for itself: few enough rows a task to balance
+    /// cores of different speed, and enough that claiming costs nothing (64 rows of 4096 four-bit
+    /// weights are 147 KB; matrices of fewer than [`MANY_ROWS`] rows are cut finer).
     pub(super) fn of_outputs(kernels: &Kernels, phase: Phase, rows: Rows<'_>) -> Self {
         let streams = kernels.streams(phase, rows.kind);
-        Self::new(rows.len(), streams, TILE_ROWS / streams)
+        let finer = if rows.len() < MANY_ROWS { 1 } else { 2 };
+        Self::new(
+            rows.len(),
+            streams,
+            (finer * TILE_ROWS / streams).min(TILE_ROWS),
+        )
     }
 
     pub(super) fn tasks(&self) -> usize {

@@ -20,10 +20,6 @@ pub mod attention;
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512;
-#[cfg(target_arch = "x86_64")]
-mod avx512_panels;
-#[cfg(target_arch = "x86_64")]
-mod avx512_tiles;
 pub mod experts;
 pub mod floats;
 mod lanes;

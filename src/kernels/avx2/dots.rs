@@ -20,7 +20,7 @@ use super::codes::{Codes, SmallBlock, by_halves};
 use super::multiply::{Multiply, pairs};
 use super::{load_f32, load_i8, load_i16, load_u8, sum_lanes};
 use crate::kernels::activations::SCALE_LEN;
-use crate::kernels::x86::{SuperBlock, broadcast_f16, each_four, each_row, prefetch_ahead};
+use crate::kernels::x86::{SuperBlock, ahead, broadcast_f16, each_four, each_row, prefetch};
 use crate::kernels::{Activation, STREAMS, Sums};
 use crate::tensor::Rows;
 
@@ -67,9 +67,10 @@ fn small_blocks<M: Multiply, B: SmallBlock, const N: usize>(
     let (sums, sums_rest) = x.sums.as_chunks::<16>();
     let n = q.len();
     let (s, sums) = (&s[..n], &sums[..n]);
+    let ahead = ahead(N);
     let eights = rows.map(|row| &row.as_chunks::<8>().0[..n]);
     for i in 0..n {
-        add_blocks::<M, B, N, 8>(&mut acc, eights, i, &q[i], &s[i], &sums[i]);
+        add_blocks::<M, B, N, 8>(&mut acc, eights, i, &q[i], &s[i], &sums[i], ahead);
     }
     let rest = rows.map(|row| &row[8 * n..][..s_rest.len()]);
     for first in (0..s_rest.len()).step_by(2) {
@@ -84,7 +85,7 @@ fn small_blocks<M: Multiply, B: SmallBlock, const N: usize>(
         s[..some.len()].copy_from_slice(&s_rest[some.clone()]);
         sums[..2 * some.len()].copy_from_slice(&sums_rest[2 * first..2 * some.end]);
         let pairs = pairs.each_ref().map(std::slice::from_ref);
-        add_blocks::<M, B, N, 2>(&mut acc, pairs, 0, &q, &s, &sums);
+        add_blocks::<M, B, N, 2>(&mut acc, pairs, 0, &q, &s, &sums, ahead);
     }
     let mut out = [0.0; N];
     for (out, [a, b]) in out.iter_mut().zip(acc) {
@@ -106,6 +107,7 @@ fn add_blocks<M: Multiply, B: SmallBlock, const N: usize, const K: usize>(
     q: &[i8],
     s: &[f32; 8],
     sums: &[i16; 16],
+    ahead: usize,
 ) {
     let (s, sums) = (load_f32(s), load_i16(sums));
     let sums = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
@@ -115,7 +117,7 @@ fn add_blocks<M: Multiply, B: SmallBlock, const N: usize, const K: usize>(
     let mut factors = [_mm256_setzero_ps(); N];
     for r in 0..N {
         let blocks = &rows[r][index];
-        prefetch_ahead::<N, _>(blocks);
+        prefetch(blocks, ahead);
         // SAFETY: this function has the features.
         let (scales, offsets) = unsafe { (B::scales(blocks), B::offsets(blocks)) };
         if B::MINIMUM {
@@ -178,8 +180,9 @@ fn super_blocks<B: Codes + SuperBlock>(row: &[B], x: Activation<'_>) -> f32 {
     let halves = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     // Hidden from the compiler, which would take two cheap shuffles for one.
     let spread = black_box(&SPREAD);
+    let ahead = ahead(1);
     for (((block, q), s), sums) in row.iter().zip(q).zip(scales).zip(sums) {
-        prefetch_ahead::<1, _>(block);
+        prefetch(block, ahead);
         let (q, _) = q.as_chunks::<32>();
         // SAFETY: this function has the features.
         let (scales, minima) = unsafe { block.scales_and_minima() };

@@ -1,4 +1,4 @@
-//! Tile products for AVX-512 (F, BW, VL, VNNI): see [`super::tiles`] for the idea.
+//! Tile products for AVX-512 (F, BW, VL, VNNI): see [`crate::kernels::tiles`] for the idea.
 //!
 //! A register holds four columns of 16 rows, so a tile is two registers wide. Against them go
 //! [`TOKENS`] tokens, whose sums stay in registers while 32 columns pass:
@@ -20,13 +20,13 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::Activation;
-use super::activations::{SCALE_LEN, Span};
-use super::avx512_panels::Fill;
-use super::tiles::{
+use super::panels::Fill;
+use crate::kernels::Activation;
+use crate::kernels::activations::{SCALE_LEN, Span};
+use crate::kernels::tiles::{
     Fours, Panel, STRETCH, TILE_ROWS, Tile, each_stretch, has_fine_scales, has_minima, offset,
 };
-use super::unpack::GROUP;
+use crate::kernels::unpack::GROUP;
 use crate::quant::{
     BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
     BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockType,

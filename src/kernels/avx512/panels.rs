@@ -1,4 +1,4 @@
-//! Panels of tile products, filled with AVX-512: see [`super::tiles`].
+//! Panels of tile products, filled with AVX-512: see [`crate::kernels::tiles`].
 //!
 //! Sixteen rows at a time, and 16 bytes of each, still packed, are turned so that a register
 //! holds the same four bytes of every row. Shifts and masks then make codes of all rows at once,
@@ -16,9 +16,9 @@
 
 use std::arch::x86_64::*;
 
-use super::tiles::{Fours, Panel, TILE_ROWS};
-use super::unpack::{GROUP, Unpack};
-use super::x86::{half_bits, load_16};
+use crate::kernels::tiles::{Fours, Panel, TILE_ROWS};
+use crate::kernels::unpack::{GROUP, Unpack};
+use crate::kernels::x86::{half_bits, load_16};
 use crate::quant::{
     BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
     BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, IQ4_VALUES, MXFP4_DOUBLED,
@@ -99,7 +99,7 @@ fn each_block<B: Unpack>(
     stretch: &[&[B]; TILE_ROWS],
     fill: impl Fn(&[&B; ROWS], Place<'_>),
 ) {
-    let scale_len = if super::tiles::has_fine_scales(B::TYPE) {
+    let scale_len = if crate::kernels::tiles::has_fine_scales(B::TYPE) {
         GROUP
     } else {
         2 * GROUP
