@@ -56,7 +56,7 @@ pub(super) fn each_four<B: Block>(
 /// that it was asked for earlier.
 pub(super) fn ahead(rows: usize) -> usize {
     static AHEAD: OnceLock<usize> = OnceLock::new();
-    let four = *AHEAD.get_or_init(|| if is_zen_4() { 512 } else { 2048 });
+    let four = *AHEAD.get_or_init(|| if is_zen_4() { 384 } else { 2048 });
     if rows == 1 { 2 * four } else { four }
 }
 
