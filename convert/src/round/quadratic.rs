@@ -8,6 +8,9 @@
 //! Blocks are encoded region by region of 256 columns. What a region's errors cost, given that later
 //! regions will take up what they can, is `R_bb R_bbᵀ`, the Schur complement of those later columns.
 
+use multiversion::multiversion;
+use rayon::prelude::*;
+
 /// Columns that are encoded together.
 pub const REGION: usize = 256;
 
@@ -171,23 +174,29 @@ impl RawWindow {
         for i in 0..n {
             for j in 0..=i {
                 let (row, column) = (order[n - 1 - i], order[n - 1 - j]);
-                let mut sum = f64::from(self.moments[row * n + column]) * scale;
-                if i == j {
-                    sum += damping;
+                l[i * n + j] = f64::from(self.moments[row * n + column]) * scale;
+            }
+            l[i * n + i] += damping;
+        }
+        for start in (0..n).step_by(BAND) {
+            let (done, rest) = l.split_at_mut(start * n);
+            let band = &mut rest[..n.min(BAND).min(n - start) * n];
+            // What the rows before have to do with it, several rows at once; then its own triangle.
+            band.par_chunks_mut(TOGETHER * n)
+                .for_each(|rows| eliminate(rows, done, n));
+            for i in 0..band.len() / n {
+                let (above, row) = band.split_at_mut(i * n);
+                for j in 0..i {
+                    let other = &above[j * n..][..start + j + 1];
+                    let sum = row[start + j] - dot(&row[..start + j], &other[..start + j]);
+                    row[start + j] = sum / other[start + j];
                 }
-                let (done, rest) = l.split_at_mut(i * n);
-                sum -= match i == j {
-                    true => dot(&rest[..j], &rest[..j]),
-                    false => dot(&rest[..j], &done[j * n..j * n + j]),
-                };
-                if i == j {
-                    if sum.is_nan() || sum <= damping * 1e-6 {
-                        return None;
-                    }
-                    rest[j] = sum.sqrt();
-                } else {
-                    rest[j] = sum / done[j * n + j];
+                let (before, own) = row.split_at_mut(start + i);
+                let sum = own[0] - dot(before, before);
+                if sum.is_nan() || sum <= damping * 1e-6 {
+                    return None;
                 }
+                own[0] = sum.sqrt();
             }
         }
         let mut r = vec![0.0; n * n];
@@ -200,8 +209,25 @@ impl RawWindow {
     }
 }
 
+/// Rows that are factored in a band, and of these the ones that go over the rows before together.
+const BAND: usize = 64;
+const TOGETHER: usize = 8;
+
+/// The columns of `rows` (each `n` long) that the rows of `done` own: of each what is left of it after those before it.
+#[multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx+avx2",
+    "x86_64+avx+avx2"
+))]
+fn eliminate(rows: &mut [f64], done: &[f64], n: usize) {
+    for (j, other) in done.chunks_exact(n).enumerate() {
+        for row in rows.chunks_exact_mut(n) {
+            row[j] = (row[j] - dot(&row[..j], &other[..j])) / other[j];
+        }
+    }
+}
+
 /// Σ a·b, in lanes whose order is fixed.
-#[inline]
+#[inline(always)]
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     let mut lanes = [0.0; 8];
     let (a, a_rest) = a.as_chunks::<8>();

@@ -116,7 +116,11 @@ struct State<'a> {
     slope: [f32; REGION],
 }
 
-#[multiversion(targets("x86_64+avx2+fma", "aarch64+neon"))]
+#[multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx+avx2+fma",
+    "x86_64+avx2+fma",
+    "aarch64+neon"
+))]
 fn encode_region(
     kind: BlockType,
     grid: &Grid,
