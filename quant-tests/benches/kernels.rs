@@ -23,7 +23,7 @@ use fewbit::kernels::{Activation, Activations, Kernels, STREAMS, TILE_ROWS, TILE
 use fewbit::quant::BlockType;
 use fewbit::tensor::Rows;
 use fewbit::threads::Pool;
-use memmap2::{Advice, MmapMut};
+use memmap2::MmapMut;
 use quant_tests::rows::SplitMix64;
 
 /// Columns of a row: Mixtral's width.
@@ -78,7 +78,8 @@ fn random_bytes(len: usize) -> Vec<u8> {
 /// The same in pages as large as those of a file that is in memory.
 fn in_huge_pages(bytes: Vec<u8>) -> MmapMut {
     let mut map = MmapMut::map_anon(bytes.len()).expect("memory");
-    let _ = map.advise(Advice::HugePage);
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
     map.copy_from_slice(&bytes);
     map
 }

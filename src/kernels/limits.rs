@@ -7,7 +7,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use memmap2::{Advice, MmapMut};
+use memmap2::MmapMut;
 
 use crate::threads::Pool;
 
@@ -50,7 +50,8 @@ const CHUNK: usize = 4 << 20;
 pub fn read_bandwidth(pool: &Pool) -> f64 {
     // Ones, so that every page is really there and not the one page of zeros.
     let mut buffer = MmapMut::map_anon(STREAM).expect("memory for a measurement");
-    let _ = buffer.advise(Advice::HugePage);
+    #[cfg(target_os = "linux")]
+    let _ = buffer.advise(memmap2::Advice::HugePage);
     buffer.fill(1);
     let buffer: &[u64] = bytemuck::cast_slice(&buffer);
     let mut best = Duration::MAX;
