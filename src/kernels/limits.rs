@@ -7,8 +7,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use memmap2::MmapMut;
-
+use crate::tensor::direct;
 use crate::threads::Pool;
 
 /// What the machine can do with a given number of threads.
@@ -49,9 +48,7 @@ const CHUNK: usize = 4 << 20;
 /// one thread.)
 pub fn read_bandwidth(pool: &Pool) -> f64 {
     // Ones, so that every page is really there and not the one page of zeros.
-    let mut buffer = MmapMut::map_anon(STREAM).expect("memory for a measurement");
-    #[cfg(target_os = "linux")]
-    let _ = buffer.advise(memmap2::Advice::HugePage);
+    let mut buffer = direct::memory(STREAM).expect("memory for a measurement");
     buffer.fill(1);
     let buffer: &[u64] = bytemuck::cast_slice(&buffer);
     let mut best = Duration::MAX;
