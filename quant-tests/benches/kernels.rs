@@ -13,6 +13,7 @@
 //! The share that is printed after each figure is that of the fastest sample.
 
 use std::hint::black_box;
+use std::ops::Deref;
 use std::time::{Duration, Instant};
 
 use criterion::measurement::WallTime;
@@ -21,9 +22,8 @@ use fewbit::kernels::activations::{SCALE_LEN, SUM_LEN};
 use fewbit::kernels::limits::Limits;
 use fewbit::kernels::{Activation, Activations, Kernels, STREAMS, TILE_ROWS, TILE_TOKENS};
 use fewbit::quant::BlockType;
-use fewbit::tensor::Rows;
+use fewbit::tensor::{Rows, direct};
 use fewbit::threads::Pool;
-use memmap2::MmapMut;
 use quant_tests::rows::SplitMix64;
 
 /// Columns of a row: Mixtral's width.
@@ -76,10 +76,8 @@ fn random_bytes(len: usize) -> Vec<u8> {
 }
 
 /// The same in pages as large as those of a file that is in memory.
-fn in_huge_pages(bytes: Vec<u8>) -> MmapMut {
-    let mut map = MmapMut::map_anon(bytes.len()).expect("memory");
-    #[cfg(target_os = "linux")]
-    let _ = map.advise(memmap2::Advice::HugePage);
+fn in_huge_pages(bytes: Vec<u8>) -> impl Deref<Target = [u8]> {
+    let mut map = direct::memory(bytes.len()).expect("memory");
     map.copy_from_slice(&bytes);
     map
 }

@@ -281,7 +281,8 @@ fn measure(
     let mut streamed = Streamed::default();
     let mut ours = |seed| {
         let mut before = None;
-        let limit_before = memory.apart(limit);
+        // The warm-up is not counted.
+        let limit_before = if seed > 0 { memory.apart(limit) } else { 0.0 };
         let time = test.run_from(&mut session, seed, || before = counters())?;
         memory.own = own_rss_bytes().max(memory.own);
         if seed > 0 {

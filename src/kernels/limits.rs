@@ -39,7 +39,7 @@ impl Limits {
 
 /// Bytes streamed by a bandwidth measurement: far more than any cache holds.
 const STREAM: usize = 512 << 20;
-/// Bytes that a thread claims at a time, and reads in four streams side by side: one alone does
+/// Bytes that a thread claims at a time, and reads in one stream or in four side by side: on some CPUs one alone does
 /// not keep a core's share of the memory's requests under way.
 const CHUNK: usize = 4 << 20;
 

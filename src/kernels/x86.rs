@@ -168,7 +168,7 @@ impl SuperBlock for BlockQ4K {
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn scales_and_minima(&self) -> (__m128i, __m128i) {
-        each_twice(eight_scales_and_minima(&self.scales.0))
+        eight_scales_and_minima(&self.scales.0)
     }
 }
 
@@ -188,7 +188,7 @@ impl SuperBlock for BlockQ5K {
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn scales_and_minima(&self) -> (__m128i, __m128i) {
-        each_twice(eight_scales_and_minima(&self.scales.0))
+        eight_scales_and_minima(&self.scales.0)
     }
 }
 
@@ -215,42 +215,26 @@ impl SuperBlock for BlockIQ4XS {
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn scales_and_minima(&self) -> (__m128i, __m128i) {
-        each_twice(eight_scales(self))
+        let mut low = u64::from(u32::from_le_bytes(self.scales_l));
+        low = (low | low << 16) & 0x0000_ffff_0000_ffff;
+        low = (low | low << 8) & 0x00ff_00ff_00ff_00ff;
+        low = (low | low << 4) & NIBBLES;
+        let mut high = u64::from(u16::from_le_bytes(self.scales_h));
+        high = (high | high << 24) & 0x0000_00ff_0000_00ff;
+        high = (high | high << 12) & 0x000f_000f_000f_000f;
+        high = (high | high << 6) & 0x0303_0303_0303_0303;
+        let stored = _mm_cvtsi64_si128((low | high << 4) as i64);
+        let scales = _mm_sub_epi8(stored, _mm_set1_epi8(32));
+        (_mm_unpacklo_epi8(scales, scales), _mm_setzero_si128())
     }
 }
 
 const NIBBLES: u64 = 0x0f0f_0f0f_0f0f_0f0f;
 
-/// The eight scales of IQ4_XS, and zeros behind them.
+/// The eight scales and eight minima of Q4_K and Q5_K, each twice: they cover 32 columns.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn eight_scales(block: &BlockIQ4XS) -> __m128i {
-    let mut low = u64::from(u32::from_le_bytes(block.scales_l));
-    low = (low | low << 16) & 0x0000_ffff_0000_ffff;
-    low = (low | low << 8) & 0x00ff_00ff_00ff_00ff;
-    low = (low | low << 4) & NIBBLES;
-    let mut high = u64::from(u16::from_le_bytes(block.scales_h));
-    high = (high | high << 24) & 0x0000_00ff_0000_00ff;
-    high = (high | high << 12) & 0x000f_000f_000f_000f;
-    high = (high | high << 6) & 0x0303_0303_0303_0303;
-    let stored = _mm_cvtsi64_si128((low | high << 4) as i64);
-    _mm_sub_epi8(stored, _mm_set_epi64x(0, 0x2020_2020_2020_2020))
-}
-
-/// Bytes for 32 columns as bytes for 16: those of the lower half, and of the upper one, each twice.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn each_twice(bytes: __m128i) -> (__m128i, __m128i) {
-    (
-        _mm_unpacklo_epi8(bytes, bytes),
-        _mm_unpackhi_epi8(bytes, bytes),
-    )
-}
-
-/// The eight scales of Q4_K and Q5_K, and the eight minima behind them.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) fn eight_scales_and_minima(packed: &[u8; 12]) -> __m128i {
+fn eight_scales_and_minima(packed: &[u8; 12]) -> (__m128i, __m128i) {
     // Bytes 0 to 3 are scales, 4 to 7 minima: of the first four sub-blocks in the low six bits,
     // of the others two bits at the top, their nibbles being in bytes 8 to 11.
     let (low, nibbles) = low_8_high_4(packed);
@@ -261,7 +245,8 @@ pub(super) fn eight_scales_and_minima(packed: &[u8; 12]) -> __m128i {
         _mm_cvtsi64_si128(first as i64),
         _mm_cvtsi64_si128(others as i64),
     );
-    _mm_unpacklo_epi32(first, others)
+    let all = _mm_unpacklo_epi32(first, others);
+    (_mm_unpacklo_epi8(all, all), _mm_unpackhi_epi8(all, all))
 }
 
 #[inline]

@@ -216,11 +216,8 @@ impl StripeCodes {
 fn stripes<B: Stripes, const N: usize>(rows: [&[B]; N], x: Activation<'_>) -> [f32; N] {
     let mut products = [_mm512_setzero_ps(); N];
     let mut minima = products;
-    let (q, _) = x.q.as_chunks::<256>();
-    let (scales, _) = x.scales.as_chunks::<8>();
-    let (sums, _) = x.sums.as_chunks::<16>();
+    let (q, scales, sums) = super_blocks_of(x);
     let n = q.len();
-    let (scales, sums) = (&scales[..n], &sums[..n]);
     let rows = first(rows, n);
     let places = B::PLACES.map(|places| load_i32(&places));
     let ahead = ahead(N);
@@ -298,11 +295,8 @@ impl QuarterCodes {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 fn quarters<B: Quarters, const N: usize>(rows: [&[B]; N], x: Activation<'_>) -> [f32; N] {
     let mut acc = [_mm512_setzero_ps(); N];
-    let (q, _) = x.q.as_chunks::<256>();
-    let (scales, _) = x.scales.as_chunks::<8>();
-    let (sums, _) = x.sums.as_chunks::<16>();
+    let (q, scales, sums) = super_blocks_of(x);
     let n = q.len();
-    let (scales, sums) = (&scales[..n], &sums[..n]);
     let rows = first(rows, n);
     let ahead = ahead(N);
     for i in 0..n {
@@ -324,6 +318,17 @@ fn quarters<B: Quarters, const N: usize>(rows: [&[B]; N], x: Activation<'_>) -> 
         });
     }
     sums_of_lanes(acc)
+}
+
+/// The codes, scales and sums that each super-block meets.
+type SuperBlocks<'a> = (&'a [[i8; 256]], &'a [[f32; 8]], &'a [[i16; 16]]);
+
+/// Activations in super-blocks: as many codes, scales and sums.
+#[inline(always)]
+fn super_blocks_of(x: Activation<'_>) -> SuperBlocks<'_> {
+    let q = x.q.as_chunks().0;
+    let (scales, sums) = (x.scales.as_chunks().0, x.sums.as_chunks().0);
+    (q, &scales[..q.len()], &sums[..q.len()])
 }
 
 /// The first `n` blocks of each row.
