@@ -212,20 +212,27 @@ impl Layer<'_> {
         let (kernels, phase, routes) = (self.kernels, self.phase, self.routes);
         let out = Out::new(residual, tokens, first.len());
         let cut = Cut::of_outputs(kernels, phase, *first);
-        self.pool.run(cut.tasks(), &|task| {
-            for &(expert, down) in experts {
-                let write = |route: usize, range: Range<usize>, sums: &[f32]| {
-                    let (token, weight) = routes.routes[route];
-                    // SAFETY: tasks take disjoint ranges of columns.
-                    let out = unsafe { out.columns(token, range.start, range.len()) };
-                    out.iter_mut()
-                        .zip(sums)
-                        .for_each(|(out, sum)| *out += weight * *sum);
-                };
-                let x = |route| hidden.row(route);
-                let parts = cut.parts(task);
-                multiply(kernels, phase, down, parts, routes.of(expert), x, write);
-            }
-        });
+        // The tokens of one expert of a prompt stay in cache while all its rows pass; those of all experts would not.
+        let together = match phase {
+            Phase::Prompt => 1,
+            Phase::Generate => experts.len(),
+        };
+        for experts in experts.chunks(together) {
+            self.pool.run(cut.tasks(), &|task| {
+                for &(expert, down) in experts {
+                    let write = |route: usize, range: Range<usize>, sums: &[f32]| {
+                        let (token, weight) = routes.routes[route];
+                        // SAFETY: tasks take disjoint ranges of columns.
+                        let out = unsafe { out.columns(token, range.start, range.len()) };
+                        out.iter_mut()
+                            .zip(sums)
+                            .for_each(|(out, sum)| *out += weight * *sum);
+                    };
+                    let x = |route| hidden.row(route);
+                    let parts = cut.parts(task);
+                    multiply(kernels, phase, down, parts, routes.of(expert), x, write);
+                }
+            });
+        }
     }
 }

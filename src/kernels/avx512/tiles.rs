@@ -291,14 +291,15 @@ fn block<const T: usize, const FINE: usize, const MINIMA: bool, const FEW: bool>
         }
         let mut dots = [[_mm512_setzero_si512(); 2]; T];
         if let Some(shift) = shift {
-            let shift = _mm_cvtsi32_si128(shift as i32);
+            // By a register of counts: with one count for all lanes a shift would take a multiplier's place.
+            let shift = _mm512_set1_epi32(shift as i32);
             for t in 0..T {
                 let minus_sum = if FINE == 2 {
                     x[t].minus_sums[half]
                 } else {
                     x[t].minus_sum
                 };
-                dots[t] = [_mm512_sll_epi32(_mm512_set1_epi32(minus_sum), shift); 2];
+                dots[t] = [_mm512_sllv_epi32(_mm512_set1_epi32(minus_sum), shift); 2];
             }
         }
         for k in 0..8 / FINE {
