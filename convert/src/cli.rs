@@ -66,7 +66,7 @@ struct ConvertArgs {
     #[arg(long, value_name = "FILE")]
     imatrix: Option<PathBuf>,
     /// How weights are rounded: ggml (as llama-quantize, bit for bit), best (scales, minima and levels
-    /// refitted together by the imatrix, in types with minima), gptq (the same with error feedback, by the moments of `fewbit calibrate --moments`)
+    /// refitted together by the imatrix, in Q4_K, Q5_K and Q4_1), gptq (the same with error feedback, by the moments of `fewbit calibrate --moments`)
     #[arg(long, value_name = "HOW", default_value_t = Round::Ggml)]
     round: Round,
     /// LoRA adapter (PEFT's folder, or GGUF), added to the weights, with a scale if need be; may be given several times

@@ -33,7 +33,8 @@ pub struct Work {
 pub fn seconds(round: Round, work: &[Work], width: usize) -> f64 {
     let mut timed = HashMap::new();
     let of = |work: &Work| {
-        let grid = Grid::of(work.kind).filter(|grid| grid.mins || round == Round::Gptq);
+        let grid = Grid::of(work.kind)
+            .filter(|_| round == Round::Gptq || super::gains_by_refits(work.kind));
         let Some(grid) = grid else {
             return 0.0;
         };

@@ -12,7 +12,7 @@
 //!    quadratic form, the others held.
 //!
 //! Without moments (`best`) the form is diagonal: step 1 is left out then, and step 2 refits scales, minima and their
-//! units, in the types that have minima; in others ggml's choice is as good.
+//! units, in Q4_K, Q5_K and Q4_1; in others ggml's choice is as good.
 //!
 //! An expert that saw few tokens of the calibration text leans on its layer's average ([`AVERAGE_TOKENS`]).
 
@@ -74,6 +74,11 @@ impl fmt::Display for Round {
     }
 }
 
+/// Whether refitted scales and minima gain in a type by an imatrix alone: `quant-tests/ladder/bed.md` has the figures.
+fn gains_by_refits(kind: BlockType) -> bool {
+    matches!(kind, BlockType::Q4_1 | BlockType::Q4_K | BlockType::Q5_K)
+}
+
 /// Rounds the rows of one tensor.
 pub struct Rounder<'a> {
     kind: BlockType,
@@ -89,7 +94,7 @@ pub struct Rounder<'a> {
 
 impl<'a> Rounder<'a> {
     /// A rounder for `tensor` in blocks of `kind`; `None` where ggml's way is all there is: types that are not taken
-    /// apart, and without moments those without minima. Of the token embedding, whose rows are looked up, all columns count alike.
+    /// apart, and without moments all but Q4_K, Q5_K and Q4_1. Of the token embedding, whose rows are looked up, all columns count alike.
     ///
     /// # Errors
     /// If moments do not fit the tensor.
@@ -102,8 +107,7 @@ impl<'a> Rounder<'a> {
     ) -> Result<Option<Self>> {
         let grid = match (round, Grid::of(kind)) {
             (Round::Ggml, _) | (_, None) => return Ok(None),
-            // Without minima, refitted scales gain nothing: `quant-tests/ladder/bed.md`.
-            (Round::Best, Some(grid)) if !grid.mins => return Ok(None),
+            (Round::Best, _) if !gains_by_refits(kind) => return Ok(None),
             (_, Some(grid)) => grid,
         };
         let experts = tensor.shape.get(2).copied().unwrap_or(1);

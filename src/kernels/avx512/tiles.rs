@@ -101,8 +101,10 @@ fn tile_rows<B: Fill>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TIL
             // A power of two or none: sums are shifted by its exponent.
             debug_assert!(offset == 0 || offset.is_power_of_two());
             let shift = (offset > 0).then(|| offset.trailing_zeros());
-            prefetch_stretch::<_MM_HINT_T1>(rows, columns.end);
-            multiply(panel, &steps, shift, rows, &columns, x, out);
+            // The stretch after the next: the next one is on its way.
+            let turns = (spans * x.len().div_ceil(TOKENS)).max(1);
+            let mut ahead = Ahead::new(rows, columns.end + STRETCH, turns);
+            multiply(panel, &steps, shift, &mut ahead, &columns, x, out);
             if damaged != 0 {
                 for (r, sum) in out.iter_mut().flat_map(|out| out.iter_mut().enumerate()) {
                     if damaged >> r & 1 == 1 {
@@ -114,24 +116,56 @@ fn tile_rows<B: Fill>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TIL
     );
 }
 
-/// Asks for the stretch of every row that starts at `column`, since the rows lie apart, and their
-/// next pieces would be waited for when the next panel is filled. At the end of the rows it
-/// asks for the beginning of those that follow them, which mostly are the next tile.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn prefetch_stretch<const HINT: i32>(rows: Rows<'_>, column: usize) {
-    let bytes = |columns: usize| columns / rows.kind.block_len() * rows.kind.block_bytes();
-    let (first, start) = if column < rows.cols {
-        (0, column)
-    } else {
-        (rows.len(), 0)
-    };
-    let stretch = bytes(start)..bytes((start + STRETCH).min(rows.cols));
-    for r in first..first + rows.len() {
-        let row = rows.bytes.as_ptr().wrapping_add(r * rows.stride);
-        for line in stretch.clone().step_by(64) {
-            // A prefetch reads nothing and may name any address.
-            _mm_prefetch::<HINT>(row.wrapping_add(line).cast());
+/// Pieces of rows that are asked for while a panel is multiplied, since rows lie apart and no CPU sees which piece
+/// comes next. A few at a time: asked for all at once they would be waited for.
+struct Ahead {
+    /// The next row's piece, `bytes` long.
+    piece: *const u8,
+    bytes: usize,
+    stride: usize,
+    /// Rows that are left.
+    left: u32,
+    /// Rows that are due, and how many more with each turn, in 65536ths.
+    due: u32,
+    turn: u32,
+}
+
+impl Ahead {
+    /// The stretch of every row that starts at `column`, in so many turns. Columns beyond the end are those of
+    /// the rows that follow, which mostly are the next tile.
+    #[inline]
+    fn new(rows: Rows<'_>, column: usize, turns: usize) -> Self {
+        let bytes = |columns: usize| columns / rows.kind.block_len() * rows.kind.block_bytes();
+        let (tiles, start) = (column / rows.cols, column % rows.cols);
+        let end = (start + STRETCH).min(rows.cols);
+        let count = rows.len() as u32;
+        let from = tiles * rows.len() * rows.stride + bytes(start);
+        Self {
+            piece: rows.bytes.as_ptr().wrapping_add(from),
+            bytes: bytes(end) - bytes(start),
+            stride: rows.stride,
+            left: count,
+            due: 0,
+            turn: (count << 16).div_ceil(turns as u32),
+        }
+    }
+
+    /// Asks for what is due.
+    #[inline(always)]
+    fn ask(&mut self) {
+        self.due += self.turn;
+        while self.due >= 1 << 16 && self.left > 0 {
+            self.due -= 1 << 16;
+            self.left -= 1;
+            let ask = |byte| {
+                let place = self.piece.wrapping_add(byte).cast();
+                // SAFETY: a prefetch reads nothing and may name any address.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(place) }
+            };
+            // The last byte may lie in a line more.
+            (0..self.bytes).step_by(64).for_each(ask);
+            ask(self.bytes - 1);
+            self.piece = self.piece.wrapping_add(self.stride);
         }
     }
 }
@@ -195,13 +229,13 @@ static STEP_FACTORS: [f32; Span::STEPS + 1] =
     [1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875, f32::NAN];
 
 /// Adds the products of a panel with all tokens; a weight scale covers `32 / FINE` columns. What is read next is
-/// asked for on the way: the next tokens' spans, and at the end the stretch of `rows` that the next panel is filled from.
+/// asked for on the way: the next tokens' spans, and what is `ahead`.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 fn multiply<const FINE: usize, const MINIMA: bool, const FEW: bool>(
     panel: &Panel,
     steps: &Steps,
     shift: Option<u32>,
-    rows: Rows<'_>,
+    ahead: &mut Ahead,
     columns: &Range<usize>,
     x: &[Activation<'_>],
     out: &mut [[f32; TILE_ROWS]],
@@ -224,7 +258,6 @@ fn multiply<const FINE: usize, const MINIMA: bool, const FEW: bool>(
         let (now, later) = x.split_at(tokens);
         let (sums, sums_later) = out.split_at_mut(now.len());
         let (next, next_spans) = if later.is_empty() {
-            prefetch_stretch::<_MM_HINT_T0>(rows, columns.end);
             (all, &after)
         } else {
             (later, &spans)
@@ -242,7 +275,7 @@ fn multiply<const FINE: usize, const MINIMA: bool, const FEW: bool>(
                             *soon = x.spans[next_spans.clone()].as_ptr();
                         }
                         let sums = sums.try_into().expect("as many");
-                        block::<$tokens, FINE, MINIMA, FEW>(panel, steps, shift, some, soon, sums)
+                        block::<$tokens, FINE, MINIMA, FEW>(panel, steps, shift, ahead, some, soon, sums)
                     })*
                     _ => unreachable!("blocks hold up to six tokens"),
                 }
@@ -253,13 +286,14 @@ fn multiply<const FINE: usize, const MINIMA: bool, const FEW: bool>(
     }
 }
 
-/// The innermost loops, for `T` tokens; the spans that begin at `next` are asked for.
+/// The innermost loops, for `T` tokens; the spans that begin at `next` are asked for, and some of what is `ahead`.
 #[inline(never)] // a function of its own keeps the registers for these loops
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 fn block<const T: usize, const FINE: usize, const MINIMA: bool, const FEW: bool>(
     panel: &Panel,
     steps: &Steps,
     shift: Option<u32>,
+    ahead: &mut Ahead,
     x: [&[Span]; T],
     next: [*const Span; T],
     out: &mut [[f32; TILE_ROWS]; T],
@@ -284,6 +318,7 @@ fn block<const T: usize, const FINE: usize, const MINIMA: bool, const FEW: bool>
         };
         let half = g % FINE;
         if half == 0 {
+            ahead.ask();
             for next in next {
                 // A prefetch reads nothing and may name any address.
                 _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(g / FINE).cast());
