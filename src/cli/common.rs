@@ -236,6 +236,11 @@ impl EngineArgs {
         self.load_with(path, self.exact(context))
     }
 
+    /// Whether activations are asked for in 32-bit floats.
+    pub fn in_f32(&self) -> bool {
+        matches!(self.activations, Activations::F32)
+    }
+
     fn exact(&self, context: usize) -> Options {
         Options {
             activations: ActivationMode::F32,

@@ -334,8 +334,12 @@ fn about(args: &Args, base: Option<&Base>) -> String {
     let chunks = args
         .chunks
         .map_or(String::new(), |chunks| format!(", at most {chunks} chunks"));
+    let activations = match args.engine.in_f32() {
+        true => ", f32 activations",
+        false => "",
+    };
     format!(
-        "Texts: {}; chunks of {} tokens, the second half of each scored{chunks}{base}.",
+        "Texts: {}; chunks of {} tokens, the second half of each scored{chunks}{base}{activations}.",
         texts.join(", "),
         args.ctx
     )

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use plotters::coord::Shift;
+use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
 use plotters::prelude::*;
 
 use crate::perplexity::Estimate;
@@ -70,20 +71,41 @@ impl Plot {
         area: &DrawingArea<SVGBackend<'_>, Shift>,
         panel: &Panel<'_>,
     ) -> anyhow::Result<()> {
-        let points = || {
-            let value = |point| (panel.value)(point).map(|value| (point, value));
-            self.points.iter().filter_map(value)
-        };
-        let values = points().flat_map(|(_, value)| {
+        let values = self.points.iter().filter_map(panel.value);
+        let values = values.flat_map(|value| {
             let se = if value.se.is_nan() { 0.0 } else { value.se };
             [(value.value - se).max(value.value / 2.0), value.value + se]
         });
         let (low, high) = range(values.chain(panel.mark));
+        // A logarithmic axis is labelled at powers of ten and their multiples, of which a short one may hold none.
+        if high > 4.0 * low {
+            self.draw_along((low / 1.1..high * 1.1).log_scale(), high, area, panel)
+        } else {
+            let margin = (0.05 * (high - low)).max(0.01 * high);
+            self.draw_along(low - margin..high + margin, high, area, panel)
+        }
+    }
+
+    /// Draws a panel along a vertical axis that reaches to `high` or a little further.
+    fn draw_along<Y>(
+        &self,
+        y: Y,
+        high: f64,
+        area: &DrawingArea<SVGBackend<'_>, Shift>,
+        panel: &Panel<'_>,
+    ) -> anyhow::Result<()>
+    where
+        Y: AsRangedCoord<Value = f64>,
+        Y::CoordDescType: ValueFormatter<f64>,
+    {
+        let points = || {
+            let value = |point| (panel.value)(point).map(|value| (point, value));
+            self.points.iter().filter_map(value)
+        };
         let (left, right) = range(points().map(|(point, _)| point.bits_per_weight));
         let margin = (0.08 * (right - left)).max(0.05);
         // Room to the right for the last name.
         let x = left - margin..right + 3.0 * margin;
-        let y = (low / 1.1..high * 1.1).log_scale();
         let mut chart = ChartBuilder::on(area)
             .caption(panel.title, ("sans-serif", 20))
             .margin(12)
