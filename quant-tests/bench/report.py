@@ -127,7 +127,7 @@ def measure(args):
                 print(*(row.get(column, "") for column in COLUMNS[3:]), sep="\t")
 
 
-# The plot: a panel for each number of threads and test, a group of bars for each file.
+# The plot: a section for each machine, in it a panel for each number of threads and test, a group of bars for each file.
 COLOURS = {"tok_s": "#1b6ca8", "llama_cpp_tok_s": "#e0a030", "ik_tok_s": "#8a9a5b"}
 NAMES = {"tok_s": "fewbit", "llama_cpp_tok_s": "llama.cpp", "ik_tok_s": "ik_llama.cpp"}
 WIDTH, HEIGHT, LEFT, TOP, BAR = 620, 250, 60, 46, 22
@@ -158,33 +158,35 @@ def panel(title, rows, y):
             if value:
                 x, h = left + bar * BAR, value * scale
                 yield f'<rect x="{x:.1f}" y="{bottom - h:.1f}" width="{BAR - 3}" height="{h:.1f}" fill="{COLOURS[name]}"/>'
-                yield f'<text x="{x + BAR / 2 - 1.5:.1f}" y="{bottom - h - 3:.1f}" text-anchor="middle" font-size="9">{value:.3g}</text>'
+                yield f'<text x="{x + BAR / 2 - 1.5:.1f}" y="{bottom - h - 3:.1f}" text-anchor="middle" font-size="9">{value:.{0 if value >= 100 else 1}f}</text>'
         line = bottom - limit(row) * scale
         yield f'<line x1="{left - 6:.1f}" x2="{left + 3 * BAR + 3:.1f}" y1="{line:.1f}" y2="{line:.1f}" stroke="#c0392b" stroke-width="2"/>'
         yield f'<text x="{left + 1.5 * BAR:.1f}" y="{bottom + 16}" text-anchor="middle">{row["type"]}</text>'
 
 
 def plot(_):
-    rows = read_csv()
-    panels = {}
-    for row in rows:
+    machines = {}
+    for row in read_csv():
         model = row["file"].replace("-" + row["type"], "")
         what = "prompt of " if row["test"].startswith("pp") else "generating "
         title = f'{model}, {what}{row["test"][2:]} tokens, {row["threads"]} thread{"s" * (row["threads"] != "1")}: tokens/s'
-        panels.setdefault(title, []).append(row)
-    y, body = 60, []
-    for title, group in panels.items():
-        body += panel(title, group, y)
-        y += HEIGHT + 20
+        machines.setdefault(row["machine"], {}).setdefault(title, []).append(row)
+    y, body = 40, []
+    for machine, panels in machines.items():
+        body.append(f'<text x="{LEFT}" y="{y + 30}" font-size="14">{machine}</text>')
+        y += 40
+        for title, group in panels.items():
+            body += panel(title, group, y)
+            y += HEIGHT + 20
     legend, x = [], LEFT
     for name, label in NAMES.items():
-        legend.append(f'<rect x="{x}" y="34" width="12" height="12" fill="{COLOURS[name]}"/><text x="{x + 17}" y="44">{label}</text>')
+        legend.append(f'<rect x="{x}" y="14" width="12" height="12" fill="{COLOURS[name]}"/><text x="{x + 17}" y="24">{label}</text>')
         x += 110
-    legend.append(f'<line x1="{x}" x2="{x + 16}" y1="40" y2="40" stroke="#c0392b" stroke-width="2"/>')
-    legend.append(f'<text x="{x + 21}" y="44">limit of the machine (memory or int8)</text>')
+    legend.append(f'<line x1="{x}" x2="{x + 16}" y1="20" y2="20" stroke="#c0392b" stroke-width="2"/>')
+    legend.append(f'<text x="{x + 21}" y="24">limit of the machine (memory or int8)</text>')
     with open(SVG, "w") as file:
         file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" font-family="sans-serif" font-size="11">\n')
-        file.write(f'<rect width="100%" height="100%" fill="white"/>\n<text x="{LEFT}" y="22">{rows[0]["machine"]}</text>\n')
+        file.write(f'<rect width="100%" height="100%" fill="white"/>\n')
         file.write("\n".join(legend + body) + "\n</svg>\n")
 
 
