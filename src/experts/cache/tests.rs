@@ -128,7 +128,8 @@ fn no_more_memory_is_taken_than_there_is() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("weights");
     std::fs::write(&path, vec![1; 64 * 8192]).unwrap();
-    for (is_short, most) in [(None, 6), (Some((|| true) as fn() -> bool), 2)] {
+    // Two are what a visit needs, and two more are taken if guesses are on their way to the first ones just then.
+    for (is_short, expected) in [(None, 5..=6), (Some((|| true) as fn() -> bool), 2..=4)] {
         let (layers, mut slots) = experts(2, 4);
         slots.classes[0].slots = 6;
         let files = Files::buffered(path.clone());
@@ -144,9 +145,6 @@ fn no_more_memory_is_taken_than_there_is() {
         }
         let table = cache.shared.lock();
         let touched = table.slots.iter().filter(|slot| slot.touched).count();
-        assert!(
-            touched <= most && (most == 2 || touched > 4),
-            "{touched} of {most}"
-        );
+        assert!(expected.contains(&touched), "{touched}");
     }
 }
