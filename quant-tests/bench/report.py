@@ -186,7 +186,7 @@ def plot(_):
     legend.append(f'<text x="{x + 21}" y="24">limit of the machine (memory or int8)</text>')
     with open(SVG, "w") as file:
         file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" font-family="sans-serif" font-size="11">\n')
-        file.write(f'<rect width="100%" height="100%" fill="white"/>\n')
+        file.write('<rect width="100%" height="100%" fill="white"/>\n')
         file.write("\n".join(legend + body) + "\n</svg>\n")
 
 

@@ -215,15 +215,7 @@ impl SuperBlock for BlockIQ4XS {
     #[inline]
     #[target_feature(enable = "avx2")]
     unsafe fn scales_and_minima(&self) -> (__m128i, __m128i) {
-        let mut low = u64::from(u32::from_le_bytes(self.scales_l));
-        low = (low | low << 16) & 0x0000_ffff_0000_ffff;
-        low = (low | low << 8) & 0x00ff_00ff_00ff_00ff;
-        low = (low | low << 4) & NIBBLES;
-        let mut high = u64::from(u16::from_le_bytes(self.scales_h));
-        high = (high | high << 24) & 0x0000_00ff_0000_00ff;
-        high = (high | high << 12) & 0x000f_000f_000f_000f;
-        high = (high | high << 6) & 0x0303_0303_0303_0303;
-        let stored = _mm_cvtsi64_si128((low | high << 4) as i64);
+        let stored = _mm_cvtsi64_si128(self.stored_scales() as i64);
         let scales = _mm_sub_epi8(stored, _mm_set1_epi8(32));
         (_mm_unpacklo_epi8(scales, scales), _mm_setzero_si128())
     }

@@ -205,6 +205,20 @@ impl BlockIQ4XS {
         let high = u16::from_le_bytes(self.scales_h) >> (2 * i) & 3;
         i32::from(low) + i32::from(high) * 16 - 32
     }
+
+    /// All eight as they are stored, 32 too large, a byte each.
+    #[inline]
+    pub(crate) fn stored_scales(&self) -> u64 {
+        let mut low = u64::from(u32::from_le_bytes(self.scales_l));
+        low = (low | low << 16) & 0x0000_ffff_0000_ffff;
+        low = (low | low << 8) & 0x00ff_00ff_00ff_00ff;
+        low = (low | low << 4) & 0x0f0f_0f0f_0f0f_0f0f;
+        let mut high = u64::from(u16::from_le_bytes(self.scales_h));
+        high = (high | high << 24) & 0x0000_00ff_0000_00ff;
+        high = (high | high << 12) & 0x000f_000f_000f_000f;
+        high = (high | high << 6) & 0x0303_0303_0303_0303;
+        low | high << 4
+    }
 }
 
 impl Block for BlockIQ4XS {

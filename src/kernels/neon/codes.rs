@@ -308,15 +308,7 @@ super_block! {
     BlockQ5K, minima dmin, |b| eight_scales_and_minima(&b.scales.0);
     BlockQ6K, |b| (load_i8(&b.scales), vdupq_n_s8(0));
     BlockIQ4XS, |b| {
-        let mut low = u64::from(u32::from_le_bytes(b.scales_l));
-        low = (low | low << 16) & 0x0000_ffff_0000_ffff;
-        low = (low | low << 8) & 0x00ff_00ff_00ff_00ff;
-        low = (low | low << 4) & NIBBLES;
-        let mut high = u64::from(u16::from_le_bytes(b.scales_h));
-        high = (high | high << 24) & 0x0000_00ff_0000_00ff;
-        high = (high | high << 12) & 0x000f_000f_000f_000f;
-        high = (high | high << 6) & 0x0303_0303_0303_0303;
-        let stored = lower_half(low | high << 4);
+        let stored = lower_half(b.stored_scales());
         (vsubq_s8(stored, vdupq_n_s8(32)), vdupq_n_s8(0))
     };
 }
