@@ -20,7 +20,9 @@ use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput};
 use fewbit::kernels::activations::{SCALE_LEN, SUM_LEN};
 use fewbit::kernels::limits::Limits;
-use fewbit::kernels::{Activation, Activations, Kernels, STREAMS, TILE_ROWS, TILE_TOKENS};
+use fewbit::kernels::{
+    Activations, Batch, Kernels, Phase, STREAMS, Storage, TILE_ROWS, TILE_TOKENS,
+};
 use fewbit::quant::BlockType;
 use fewbit::tensor::{Rows, direct};
 use fewbit::threads::Pool;
@@ -154,7 +156,10 @@ fn decode(criterion: &mut Criterion, kernels: &Kernels, limit: f64) {
 fn prompt(criterion: &mut Criterion, kernels: &Kernels, limit: f64) {
     let bytes = random_bytes(TILE_ROWS * COLS * 4);
     let x = activations(kernels, TILE_TOKENS);
-    let x: Vec<Activation> = (0..TILE_TOKENS).map(|token| x.row(token)).collect();
+    let pool = Pool::new(1).expect("one thread");
+    let mut storage = Storage::default();
+    let batch = Batch::of(&pool, kernels, Phase::Prompt, &x, &mut storage);
+    let x = batch.chunks(0..TILE_TOKENS).next().expect("one chunk");
     let mut out = vec![[0.0; TILE_ROWS]; TILE_TOKENS];
     let mut group = criterion.benchmark_group(format!("prompt/{}", kernels.name));
     for kind in TYPES {
@@ -168,7 +173,7 @@ fn prompt(criterion: &mut Criterion, kernels: &Kernels, limit: f64) {
             operations as f64,
             Some(limit),
             || {
-                kernels.product(rows, &x, black_box(&mut out));
+                kernels.product(rows, x, black_box(&mut out));
             },
         );
     }

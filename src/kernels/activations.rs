@@ -13,14 +13,11 @@
 //! scales f32 × cols/32      max |x| / 127 over 32 columns, rounded up to 4 significant bits
 //! sums   i16 × cols/16      Σ q over 16 columns: what a block's minimum or offset is multiplied with
 //! loud   8 at most          columns that are kept apart, in f32, their codes being 0: see `loud`
-//! spans  64 B × cols/32     the same once more, a cache line for 32 columns, as tiles read them
 //! ```
 //!
 //! A scale of 4 significant bits is a power of two times one of eight steps, 1, 1⅛ … 1⅞. So tiles can
 //! keep the weights' scales times each step at hand, and the power of two costs them no
 //! multiplication; the codes' own rounding grows by a twelfth at most.
-
-use bytemuck::Zeroable;
 
 use super::Kernels;
 use super::loud::{self, Loud, LoudColumns};
@@ -30,12 +27,6 @@ use crate::threads::Pool;
 pub const SCALE_LEN: usize = 32;
 /// Columns that share a sum.
 pub const SUM_LEN: usize = 16;
-
-/// Spans from one row to the next: an odd multiple of 8, so that the same 256 columns of several
-/// rows, which tiles read together, do not fall into the same few sets of the caches.
-fn span_stride(cols: usize) -> usize {
-    (cols.div_ceil(8 * SCALE_LEN) | 1) * 8
-}
 
 /// One row of activations, borrowed.
 #[derive(Clone, Copy)]
@@ -50,66 +41,6 @@ pub struct Activation<'a> {
     pub sums: &'a [i16],
     /// The columns that are kept out of the codes, in ascending order.
     pub loud: &'a [Loud],
-    /// The same, 32 columns a cache line.
-    pub spans: &'a [Span],
-}
-
-/// Thirty-two columns of a row as tiles read them: codes and all that goes with them in one
-/// cache line.
-#[derive(Clone, Copy, Zeroable)]
-#[repr(C, align(64))]
-pub struct Span {
-    /// The codes.
-    pub q: [i8; SCALE_LEN],
-    /// The scale is `(1 + step / 8) · 2^exponent`; [`STEPS`](Self::STEPS) where it is not finite.
-    /// Private, since unchecked accesses rely on its being no more.
-    step: u32,
-    /// The exponent, at the place that it has among the bits of an f32.
-    pub exponent: i32,
-    /// `−Σ q`.
-    pub minus_sum: i32,
-    /// `scale · Σ q`.
-    pub scaled_sum: f32,
-    /// `−Σ q` of each half.
-    pub minus_sums: [i32; 2],
-    /// `scale · Σ q` of each half.
-    pub scaled_sums: [f32; 2],
-}
-
-const _: () = assert!(size_of::<Span>() == 64);
-
-impl Span {
-    /// Steps of a scale from one power of two to the next.
-    pub const STEPS: usize = 8;
-
-    /// The step, [`STEPS`](Self::STEPS) at most.
-    #[inline]
-    pub fn step(&self) -> u32 {
-        self.step
-    }
-
-    fn new(q: &[i8; SCALE_LEN], scale: f32, sums: &[i16; 2]) -> Self {
-        const ONE: u32 = 1.0f32.to_bits();
-        let bits = scale.to_bits();
-        let (step, exponent) = if scale == 0.0 {
-            (0, 0)
-        } else if scale < MAX_SCALE {
-            let step = bits >> 20 & (Self::STEPS as u32 - 1);
-            (step, (bits & 0x7f80_0000) as i32 - ONE as i32)
-        } else {
-            (Self::STEPS as u32, 0)
-        };
-        let sums = sums.map(i32::from);
-        Self {
-            q: *q,
-            step,
-            exponent,
-            minus_sum: -(sums[0] + sums[1]),
-            scaled_sum: scale * (sums[0] + sums[1]) as f32,
-            minus_sums: sums.map(|sum| -sum),
-            scaled_sums: sums.map(|sum| scale * sum as f32),
-        }
-    }
 }
 
 impl<'a> Activation<'a> {
@@ -121,7 +52,6 @@ impl<'a> Activation<'a> {
             scales: &[],
             sums: &[],
             loud: &[],
-            spans: &[],
         }
     }
 }
@@ -135,9 +65,6 @@ pub struct Activations {
     scales: Vec<f32>,
     sums: Vec<i16>,
     loud: Vec<LoudColumns>,
-    spans: Vec<Span>,
-    /// Spans from one row to the next.
-    span_stride: usize,
 }
 
 impl Activations {
@@ -148,7 +75,6 @@ impl Activations {
         } else {
             0
         };
-        let span_stride = span_stride(cols);
         Self {
             cols,
             rows: 0,
@@ -157,8 +83,6 @@ impl Activations {
             scales: vec![0.0; coded / SCALE_LEN],
             sums: vec![0; coded / SUM_LEN],
             loud: vec![LoudColumns::new(); capacity],
-            spans: bytemuck::zeroed_vec(if coded > 0 { capacity * span_stride } else { 0 }),
-            span_stride,
         }
     }
 
@@ -186,7 +110,6 @@ impl Activations {
             scales: &self.scales[span(self.cols / SCALE_LEN)],
             sums: &self.sums[span(self.cols / SUM_LEN)],
             loud: &self.loud[index],
-            spans: &self.spans[index * self.span_stride..][..self.cols / SCALE_LEN],
         }
     }
 
@@ -233,8 +156,6 @@ impl Activations {
             scales: self.scales.as_mut_ptr(),
             sums: self.sums.as_mut_ptr(),
             loud: self.loud.as_mut_ptr(),
-            spans: self.spans.as_mut_ptr(),
-            span_stride: self.span_stride,
             _storage: std::marker::PhantomData,
         }
     }
@@ -251,8 +172,6 @@ pub(crate) struct Parts<'a> {
     scales: *mut f32,
     sums: *mut i16,
     loud: *mut LoudColumns,
-    spans: *mut Span,
-    span_stride: usize,
     _storage: std::marker::PhantomData<&'a mut Activations>,
 }
 
@@ -271,7 +190,6 @@ impl<'a> Parts<'a> {
     pub(crate) unsafe fn columns(&self, row: usize, start: usize, len: usize) -> Part<'a> {
         assert!(row < self.rows && start + len <= self.cols);
         let at = row * self.cols + start;
-        let span = row * self.span_stride + start / SCALE_LEN;
         let coded = if self.coded {
             assert!(at.is_multiple_of(SCALE_LEN) && len.is_multiple_of(SCALE_LEN));
             len
@@ -295,10 +213,6 @@ impl<'a> Parts<'a> {
                     self.sums.add(if self.coded { at / SUM_LEN } else { 0 }),
                     coded / SUM_LEN,
                 ),
-                spans: std::slice::from_raw_parts_mut(
-                    self.spans.add(if self.coded { span } else { 0 }),
-                    coded / SCALE_LEN,
-                ),
             }
         }
     }
@@ -321,7 +235,6 @@ pub(crate) struct Part<'a> {
     q: &'a mut [i8],
     scales: &'a mut [f32],
     sums: &'a mut [i16],
-    spans: &'a mut [Span],
 }
 
 impl Part<'_> {
@@ -341,10 +254,6 @@ impl Part<'_> {
     pub(crate) fn quantize(&mut self, kernels: &Kernels) {
         if !self.q.is_empty() {
             (kernels.quantize)(self.x, self.q, self.scales, self.sums);
-            let codes = self.q.as_chunks().0.iter().zip(self.sums.as_chunks().0);
-            for ((q, sums), (&scale, span)) in codes.zip(self.scales.iter().zip(&mut *self.spans)) {
-                *span = Span::new(q, scale, sums);
-            }
         }
     }
 }
@@ -375,7 +284,7 @@ pub fn quantize(x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [i16]) {
 /// Activations below this are taken for zeros.
 const MIN_MAX: f32 = 127.0 / MAX_SCALE;
 /// Scales from here on (2⁶⁰) are those of damage, and make a product NaN in tiles.
-const MAX_SCALE: f32 = (1u64 << 60) as f32;
+pub(super) const MAX_SCALE: f32 = (1u64 << 60) as f32;
 
 /// The scale of activations of at most `max`, and what they are multiplied with to become
 /// codes: `max / 127`, rounded up to 4 significant bits, and its inverse. Where the activations

@@ -8,9 +8,9 @@
 
 use std::ops::Range;
 
-use super::linear::{Cut, Dots, FEW_TOKENS, Out, Runs, TileProducts, chunks, multiply};
+use super::linear::{Cut, Dots, Out, Runs, TileProducts, multiply};
 use super::low_rank::{Corrections, Inner, add_down};
-use super::{Activations, Kernels, Phase, TILE_ROWS, TILE_TOKENS};
+use super::{Activations, Batch, Kernels, Phase, Storage, TILE_ROWS};
 use crate::experts::Visit;
 use crate::tensor::Rows;
 use crate::tensor::direct::Error;
@@ -81,7 +81,8 @@ impl Routes {
 /// `residual[t] += Σ weight · down(silu(gate(x[t])) · up(x[t]))` over the experts of each token,
 /// which come in portions where they have to be read first. The sums do not depend on how.
 ///
-/// `hidden` is scratch for one row of `ffn` columns a route; `residual` holds `x.len()` rows of
+/// `hidden` is scratch for one row of `ffn` columns a route, and tokens of a prompt are packed in `storage`, those of
+/// `x` and of `hidden`; `residual` holds `x.len()` rows of
 /// as many columns as `x`. The experts' matrices are corrected by `corrections`, one entry an expert, or
 /// none at all.
 ///
@@ -97,6 +98,7 @@ pub fn feed_forward(
     routes: &Routes,
     x: &Activations,
     hidden: &mut Activations,
+    storage: &mut [Storage; 2],
     residual: &mut [f32],
 ) -> Result<(), Error> {
     hidden.resize(routes.len());
@@ -107,9 +109,17 @@ pub fn feed_forward(
         routes,
         corrections: Inner::new(pool, kernels, corrections, routes, x),
     };
+    let [of_x, of_hidden] = storage;
+    let row = |&(token, _): &(usize, f32)| x.row(token);
+    let rows = routes.routes.iter().map(row).collect();
+    let groups = routes.active().map(|expert| routes.of(expert));
+    let x_batch = Batch::new(pool, kernels, phase, rows, groups, of_x);
     while let Some(portion) = experts.portion()? {
-        layer.gate(&portion.gates, x, hidden);
-        layer.down(&portion.downs, hidden, x.len(), residual);
+        layer.gate(&portion.gates, &x_batch, hidden);
+        let rows = (0..routes.len()).map(|route| hidden.row(route)).collect();
+        let groups = portion.downs.iter().map(|&(expert, _)| routes.of(expert));
+        let batch = Batch::new(pool, kernels, phase, rows, groups, of_hidden);
+        layer.down(&portion.downs, &batch, x.len(), residual);
     }
     let residual = &mut residual[..x.len() * x.cols()];
     add_down(pool, kernels, corrections, routes, hidden, residual);
@@ -131,7 +141,7 @@ impl Layer<'_> {
     fn gate(
         &self,
         experts: &[(usize, Rows<'_>, Rows<'_>)],
-        x: &Activations,
+        x: &Batch<'_>,
         hidden: &mut Activations,
     ) {
         let Some((_, first, _)) = experts.first() else {
@@ -164,15 +174,13 @@ impl Layer<'_> {
             let ranges = cut.parts(task % cut.tasks());
             match phase {
                 Phase::Prompt => {
+                    let (mut gates, mut ups) = (TileProducts::new(), TileProducts::new());
                     for range in ranges {
-                        for some in chunks(routes.of(expert), TILE_TOKENS) {
-                            let x = || some.clone().map(|route| x.row(routes.routes[route].0));
-                            let (mut gates, mut ups) = (TileProducts::new(), TileProducts::new());
-                            gates.compute(kernels, gate.slice(range.clone()), x());
-                            ups.compute(kernels, up.slice(range.clone()), x());
-                            for ((route, gates), ups) in
-                                some.clone().zip(&gates.sums).zip(&ups.sums)
-                            {
+                        let (gate, up) = (gate.slice(range.clone()), up.slice(range.clone()));
+                        for some in x.chunks(routes.of(expert)) {
+                            let gates = gates.compute(kernels, gate, some);
+                            let ups = ups.compute(kernels, up, some);
+                            for ((route, gates), ups) in (some.first..).zip(gates).zip(ups) {
                                 write(route, range.clone(), gates, ups);
                             }
                         }
@@ -183,11 +191,10 @@ impl Layer<'_> {
                         .iter()
                         .flat_map(|range| [gate.slice(range.clone()), up.slice(range.clone())])
                         .collect();
-                    for some in chunks(routes.of(expert), FEW_TOKENS) {
-                        let mut dots = Dots::new();
-                        let x = some.clone().map(|route| x.row(routes.routes[route].0));
-                        dots.compute(kernels, &runs, x);
-                        for (route, sums) in some.zip(&dots.sums) {
+                    let mut dots = Dots::new();
+                    for some in x.chunks(routes.of(expert)) {
+                        let sums = dots.compute(kernels, &runs, some);
+                        for (route, sums) in (some.first..).zip(sums) {
                             for (range, sums) in ranges.iter().zip(sums.as_chunks::<2>().0) {
                                 write(route, range.clone(), &sums[0], &sums[1]);
                             }
@@ -202,7 +209,7 @@ impl Layer<'_> {
     fn down(
         &self,
         experts: &[(usize, Rows<'_>)],
-        hidden: &Activations,
+        hidden: &Batch<'_>,
         tokens: usize,
         residual: &mut [f32],
     ) {
@@ -228,9 +235,8 @@ impl Layer<'_> {
                             .zip(sums)
                             .for_each(|(out, sum)| *out += weight * *sum);
                     };
-                    let x = |route| hidden.row(route);
-                    let parts = cut.parts(task);
-                    multiply(kernels, phase, down, parts, routes.of(expert), x, write);
+                    let (parts, group) = (cut.parts(task), routes.of(expert));
+                    multiply(kernels, phase, down, parts, hidden, group, write);
                 }
             });
         }

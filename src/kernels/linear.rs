@@ -5,7 +5,9 @@ use std::ops::Range;
 
 use arrayvec::ArrayVec;
 
-use super::{Activation, Activations, Kernels, Phase, STREAMS, Sums, TILE_ROWS, TILE_TOKENS};
+use super::{
+    Activations, Batch, Kernels, Phase, STREAMS, Storage, Sums, TILE_ROWS, TILE_TOKENS, Tokens,
+};
 use crate::tensor::{Matrix, Rows};
 use crate::threads::Pool;
 
@@ -21,6 +23,7 @@ pub enum Into {
 /// Computes several products of the same activations in one task space: for each
 /// `(matrix, out)`, `out[t, r] = matrix[r] · x[t]` (or adds it), `out` holding `x.len()` rows
 /// of `matrix.rows`. Every output depends on its own row and token (and on the phase) alone.
+/// Tokens of a prompt are packed in `storage`.
 pub fn linear(
     pool: &Pool,
     kernels: &Kernels,
@@ -28,6 +31,7 @@ pub fn linear(
     x: &Activations,
     into: Into,
     products: &mut [(&Matrix, &mut [f32])],
+    storage: &mut Storage,
 ) {
     let products: Vec<_> = products
         .iter_mut()
@@ -37,6 +41,7 @@ pub fn linear(
             (rows, cut, Out::new(out, x.len(), rows.len()))
         })
         .collect();
+    let batch = Batch::of(pool, kernels, phase, x, storage);
     let tasks = products.iter().map(|(_, cut, _)| cut.tasks()).sum();
     pool.run(tasks, &|mut task| {
         let (rows, cut, out) = products
@@ -60,31 +65,30 @@ pub fn linear(
             phase,
             *rows,
             cut.parts(task),
+            &batch,
             0..x.len(),
-            |i| x.row(i),
             write,
         );
     });
 }
 
-/// Multiplies each part of `rows` with tokens, and hands out `(token, part, products)`.
-pub(super) fn multiply<'a>(
+/// Multiplies each part of `rows` with a group of a batch, and hands out `(token, part, products)`.
+pub(super) fn multiply(
     kernels: &Kernels,
     phase: Phase,
     rows: Rows<'_>,
     parts: Parts,
-    tokens: Range<usize>,
-    x: impl Fn(usize) -> Activation<'a>,
+    batch: &Batch<'_>,
+    group: Range<usize>,
     mut write: impl FnMut(usize, Range<usize>, &[f32]),
 ) {
     match phase {
         Phase::Prompt => {
+            let mut products = TileProducts::new();
             for part in parts {
-                for some in chunks(tokens.clone(), TILE_TOKENS) {
-                    let mut product = TileProducts::new();
-                    let rows = rows.slice(part.clone());
-                    product.compute(kernels, rows, some.clone().map(&x));
-                    for (token, sums) in some.zip(&product.sums) {
+                for some in batch.chunks(group.clone()) {
+                    let sums = products.compute(kernels, rows.slice(part.clone()), some);
+                    for (token, sums) in (some.first..).zip(sums) {
                         write(token, part.clone(), sums);
                     }
                 }
@@ -92,10 +96,10 @@ pub(super) fn multiply<'a>(
         }
         Phase::Generate => {
             let runs: Runs<'_> = parts.iter().map(|part| rows.slice(part.clone())).collect();
-            for some in chunks(tokens, FEW_TOKENS) {
-                let mut dots = Dots::new();
-                dots.compute(kernels, &runs, some.clone().map(&x));
-                for (token, sums) in some.zip(&dots.sums) {
+            let mut dots = Dots::new();
+            for some in batch.chunks(group) {
+                let sums = dots.compute(kernels, &runs, some);
+                for (token, sums) in (some.first..).zip(sums) {
                     for (part, sums) in parts.iter().zip(sums) {
                         write(token, part.clone(), sums);
                     }
@@ -158,74 +162,59 @@ impl Cut {
     }
 }
 
-/// Cuts a range into ranges of at most `most`, about as long as each other.
-pub(super) fn chunks(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
-    let (start, len) = (range.start, range.len());
-    let chunks = len.div_ceil(most);
-    (0..chunks).map(move |i| start + i * len / chunks..start + (i + 1) * len / chunks)
-}
-
 /// Tokens of generation that rows are multiplied with at a time.
 pub(super) const FEW_TOKENS: usize = 16;
 
 /// Runs of rows that are multiplied side by side.
 pub(super) type Runs<'a> = ArrayVec<Rows<'a>, STREAMS>;
 
-/// Storage on the stack for the products of up to `TOKENS` tokens, each of which has a `T` of them.
-pub(super) struct Products<'a, T, const TOKENS: usize> {
-    x: ArrayVec<Activation<'a>, TOKENS>,
-    /// The products.
-    pub(super) sums: ArrayVec<T, TOKENS>,
-}
+/// Storage on the stack for products: large, so that it is lent and not moved.
+pub(super) struct Products<T, const TOKENS: usize>(ArrayVec<T, TOKENS>);
 
-/// Products of a tile with tokens of a prompt, `[tokens][rows]`.
-pub(super) type TileProducts<'a> = Products<'a, [f32; TILE_ROWS], TILE_TOKENS>;
+/// Products of a tile with a chunk of a prompt, `[tokens][rows]`.
+pub(super) type TileProducts = Products<[f32; TILE_ROWS], TILE_TOKENS>;
 
-/// Products of runs of rows with tokens of generation, `[tokens][runs][rows]`.
-pub(super) type Dots<'a> = Products<'a, Sums, FEW_TOKENS>;
+/// Products of runs of rows with a chunk of generation, `[tokens][runs][rows]`.
+pub(super) type Dots = Products<Sums, FEW_TOKENS>;
 
-impl<'a, T: Copy, const TOKENS: usize> Products<'a, T, TOKENS> {
+impl<T: Copy, const TOKENS: usize> Products<T, TOKENS> {
     #[inline]
     pub(super) fn new() -> Self {
-        Self {
-            x: ArrayVec::new_const(),
-            sums: ArrayVec::new_const(),
-        }
+        Self(ArrayVec::new_const())
     }
 
-    /// Takes the tokens in, with products that are still `zero`.
+    /// Room for each token, still `zero`.
     #[inline]
-    fn take(&mut self, x: impl Iterator<Item = Activation<'a>>, zero: T) {
-        for x in x {
-            self.x.push(x);
-            self.sums.push(zero);
-        }
+    fn clear(&mut self, x: Tokens<'_>, zero: T) -> &mut [T] {
+        self.0.clear();
+        x.x.iter().for_each(|_| self.0.push(zero));
+        &mut self.0
     }
 }
 
-impl<'a> TileProducts<'a> {
+impl TileProducts {
     /// Multiplies a tile with each of `x`.
     pub(super) fn compute(
         &mut self,
         kernels: &Kernels,
         rows: Rows<'_>,
-        x: impl Iterator<Item = Activation<'a>>,
-    ) {
-        self.take(x, [0.0; TILE_ROWS]);
-        kernels.product(rows, &self.x, &mut self.sums);
+        x: Tokens<'_>,
+    ) -> &[[f32; TILE_ROWS]] {
+        kernels.product(rows, x, self.clear(x, [0.0; TILE_ROWS]));
+        &self.0
     }
 }
 
-impl<'a> Dots<'a> {
+impl Dots {
     /// Multiplies runs of rows with each of `x`.
     pub(super) fn compute(
         &mut self,
         kernels: &Kernels,
         runs: &[Rows<'_>],
-        x: impl Iterator<Item = Activation<'a>>,
-    ) {
-        self.take(x, [[0.0; TILE_ROWS]; STREAMS]);
-        kernels.dots(runs, &self.x, &mut self.sums);
+        x: Tokens<'_>,
+    ) -> &[Sums] {
+        kernels.dots(runs, x.x, self.clear(x, [[0.0; TILE_ROWS]; STREAMS]));
+        &self.0
     }
 }
 

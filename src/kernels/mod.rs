@@ -29,6 +29,7 @@ pub mod loud;
 pub mod low_rank;
 #[cfg(target_arch = "aarch64")]
 pub mod neon;
+pub mod packed;
 pub mod rates;
 pub mod scalar;
 pub mod tiles;
@@ -39,6 +40,7 @@ mod x86;
 pub use activations::{Activation, Activations};
 pub use floats::Floats;
 pub use loud::{AddLoud, COLUMNS_A_LOUD, LOUD, Loud};
+pub use packed::{Batch, Storage, Tokens};
 pub use tiles::{TILE_ROWS, TILE_TOKENS, Tile};
 
 use crate::quant::BlockType;
@@ -87,6 +89,8 @@ pub struct Kernels {
     /// The product of a tile of rows with many tokens for each type: what [`Phase::Prompt`] takes.
     /// `None`: the dot product of each row and token.
     pub tile: fn(BlockType) -> Option<Tile>,
+    /// Whether tiles read packed tokens: see [`packed`].
+    pub packs: bool,
     /// The dot product in f32 throughout: rows are decoded and multiplied with `x.x`. For any type, and
     /// slow: see [`Kernels::exact`].
     pub exact: fn(BlockType) -> DotRows,
@@ -137,6 +141,7 @@ impl Kernels {
             dot: self.exact,
             dot_streams: |_| None,
             tile: self.exact_tile,
+            packs: false,
             add_loud: |_, _, _| {},
             ..*self
         }
@@ -187,12 +192,12 @@ impl Kernels {
 
     /// `out[t][r] = rows[r] · x[t]` for up to [`TILE_ROWS`] rows: what [`Phase::Prompt`] takes. What lies
     /// beyond the last row is left undefined.
-    pub fn product(&self, rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TILE_ROWS]]) {
-        debug_assert_eq!(x.len(), out.len());
+    pub fn product(&self, rows: Rows<'_>, x: Tokens<'_>, out: &mut [[f32; TILE_ROWS]]) {
+        debug_assert_eq!(x.x.len(), out.len());
         match (self.tile)(rows.kind) {
             Some(tile) => tile(rows, x, out),
             None => {
-                for (x, out) in x.iter().zip(out) {
+                for (x, out) in x.x.iter().zip(out) {
                     self.dot_rows(rows, *x, &mut out[..rows.len()]);
                 }
             }

@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use super::{Activation, Activations, Kernels, STREAMS, TILE_ROWS, TILE_TOKENS};
+use super::{Activations, Batch, Kernels, Phase, STREAMS, Storage, TILE_ROWS, TILE_TOKENS};
 use crate::quant::BlockType;
 use crate::tensor::Rows;
 use crate::threads::Pool;
@@ -78,14 +78,16 @@ fn decode(pool: &Pool, kernels: &Kernels, kind: BlockType, memory: &[u8], x: &Ac
 fn prompt(pool: &Pool, kernels: &Kernels, kind: BlockType, memory: &[u8], x: &Activations) -> f64 {
     let stride = kind.row_bytes(COLS).expect("blocks fill the rows");
     let tasks = TILES * pool.threads();
+    let mut storage = Storage::default();
+    let batch = Batch::of(pool, kernels, Phase::Prompt, x, &mut storage);
+    let x = batch.chunks(0..TILE_TOKENS).next().expect("one chunk");
     let time = best(|| {
         pool.run(tasks, &|task| {
             let start = task % TILES * TILE_ROWS * stride;
             let bytes = &memory[start..start + TILE_ROWS * stride];
             let rows = Rows::new(kind, COLS, bytes).expect("whole rows");
-            let x: [Activation<'_>; TILE_TOKENS] = std::array::from_fn(|token| x.row(token));
             let mut out = [[0.0; TILE_ROWS]; TILE_TOKENS];
-            kernels.product(rows, &x, black_box(&mut out));
+            kernels.product(rows, x, black_box(&mut out));
         });
     });
     (2 * TILE_ROWS * COLS * TILE_TOKENS * tasks) as f64 / time.as_secs_f64() / 1e9

@@ -14,7 +14,7 @@
 
 use super::tiles::{self, TILE_ROWS, Tile};
 use super::unpack::{GROUP, Unpack};
-use super::{Activation, DotRows, Kernels, activations, floats, loud};
+use super::{Activation, DotRows, Kernels, Tokens, activations, floats, loud};
 use crate::quant::{
     BlockIQ4NL, BlockIQ4XS, BlockMXFP4, BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K,
     BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockType,
@@ -28,6 +28,7 @@ pub static KERNELS: Kernels = Kernels {
     dot_streams: |_| None,
     tile,
     exact: |_| dot_decoded,
+    packs: false,
     exact_tile: |_| Some(tile_decoded),
     add_loud: |rows, loud, out| loud::add(rows, loud, out),
     quantize: activations::quantize,
@@ -120,8 +121,8 @@ fn dot_decoded(rows: Rows<'_>, x: Activation<'_>, out: &mut [f32]) {
 }
 
 /// The tile product of rows of any type in f32.
-fn tile_decoded(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TILE_ROWS]]) {
-    tiles::decoded(rows, x, out, dot_decoded);
+fn tile_decoded(rows: Rows<'_>, x: Tokens<'_>, out: &mut [[f32; TILE_ROWS]]) {
+    tiles::decoded(rows, x.x, out, dot_decoded);
 }
 
 /// Decodes a row into a buffer of 256 columns at a time (fewer at its end) and hands each

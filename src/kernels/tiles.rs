@@ -36,7 +36,7 @@
 use super::activations::{SCALE_LEN, SUM_LEN};
 use super::scalar::MAX_BLOCK;
 use super::unpack::{GROUP, Unpack};
-use super::{Activation, DotRows, loud};
+use super::{Activation, DotRows, Tokens, loud};
 use crate::quant::BlockType;
 use crate::tensor::Rows;
 
@@ -52,7 +52,7 @@ pub(super) const STRETCH: usize = 256;
 
 /// `out[t][r] = rows[r] · x[t]` for at most [`TILE_ROWS`] rows; what lies beyond the last row is
 /// left undefined.
-pub type Tile = fn(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TILE_ROWS]]);
+pub type Tile = fn(rows: Rows<'_>, x: Tokens<'_>, out: &mut [[f32; TILE_ROWS]]);
 
 /// Four columns of each row of a tile.
 pub(super) type Fours = [[u8; 4]; TILE_ROWS];
@@ -157,7 +157,8 @@ pub(super) fn unpack_stretch<B: Unpack>(panel: &mut Panel, stretch: &[&[B]; TILE
 }
 
 /// The truth: plain Rust, in the order that every instruction set keeps to.
-pub(super) fn tile<B: Unpack>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TILE_ROWS]]) {
+pub(super) fn tile<B: Unpack>(rows: Rows<'_>, x: Tokens<'_>, out: &mut [[f32; TILE_ROWS]]) {
+    let x = x.x;
     let step = if has_fine_scales(B::TYPE) { 1 } else { 2 };
     let raised = offset(B::TYPE);
     each_stretch::<B>(

@@ -147,7 +147,16 @@ pub(crate) fn forward_part(
             (&layer.k, &mut s.k[..]),
             (&layer.v, &mut s.v[..]),
         ];
-        linear(pool, kernels, phase, &s.normed, Into::Set, products);
+        let storage = &mut s.packed[0];
+        linear(
+            pool,
+            kernels,
+            phase,
+            &s.normed,
+            Into::Set,
+            products,
+            storage,
+        );
         let lora = model.lora.as_ref().map(|lora| &lora.layers[l]);
         if let Some(lora) = lora {
             let (low, outs) = ([&lora.q, &lora.k, &lora.v], [&mut s.q, &mut s.k, &mut s.v]);
@@ -183,6 +192,7 @@ pub(crate) fn forward_part(
             &s.attended,
             Into::Add,
             &mut [(&layer.o, &mut s.x[..])],
+            &mut s.packed[0],
         );
         if let Some(lora) = lora {
             add(pool, kernels, &lora.o, &s.attended, &mut s.x, &mut s.inner);
@@ -222,6 +232,7 @@ pub(crate) fn forward_part(
             &s.routes,
             &s.normed,
             &mut s.hidden,
+            &mut s.packed,
             &mut s.x,
         )?;
         if let Some(see) = &mut observer {
@@ -253,6 +264,7 @@ pub(crate) fn forward_part(
         &s.last,
         Into::Set,
         &mut [(&weights.output, &mut s.logits[..])],
+        &mut s.packed[0],
     );
     if let Some(lora) = &model.lora {
         add(

@@ -2,8 +2,8 @@
 
 use super::Config;
 use crate::experts::trace::Trace;
-use crate::kernels::Activations;
 use crate::kernels::experts::Routes;
+use crate::kernels::{Activations, Storage};
 use crate::plan::{PROMPT_BATCH, SCRATCH_LIMIT};
 
 /// Scratch of the forward pass, allocated once for batches of up to `batch` tokens.
@@ -30,6 +30,8 @@ pub struct State {
     pub(super) routes: Routes,
     /// Gated hidden activations, `[tokens · experts used, ffn]`.
     pub(super) hidden: Activations,
+    /// Where tokens of a prompt are packed; as large as the longest prompt so far needs.
+    pub(super) packed: [Storage; 2],
     /// Input of the output head, `[outputs, hidden]`.
     pub(super) last: Activations,
     /// Cosines and sines, `[tokens, rope dims / 2]` pairs.
@@ -66,6 +68,7 @@ impl State {
             chosen: vec![(0, 1.0); batch * used],
             routes: Routes::default(),
             hidden: Activations::new(batch * used, shape.ffn),
+            packed: Default::default(),
             last: Activations::new(batch, shape.hidden),
             turns: vec![(0.0, 0.0); batch * config.rope.dims / 2],
             inner: Vec::new(),

@@ -44,6 +44,7 @@ const fn table<M: Multiply>(name: &'static str) -> Kernels {
         dot: dot::<M>,
         dot_streams: dot_streams::<M>,
         tile: tile::<M>,
+        packs: false,
         exact,
         exact_tile,
         add_loud,
@@ -125,7 +126,8 @@ pub(super) fn exact(kind: BlockType) -> DotRows {
 
 /// The tile product in f32.
 fn exact_tile(_: BlockType) -> Option<Tile> {
-    Some(entry!(float_tiles::tile))
+    // SAFETY: tables are only handed out where the CPU has the features.
+    Some(|rows, x, out| unsafe { float_tiles::tile(rows, x.x, out) })
 }
 
 /// Lanes 0 to 7 as 0 0 1 1 2 2 3 3 and 4 4 5 5 6 6 7 7.

@@ -47,7 +47,7 @@ pub(super) fn tile<M: Multiply>(kind: BlockType) -> Option<Tile> {
         ($block:ty, $depth:literal, $fours:literal, $minima:literal) => {
             Some(|rows, x, out| {
                 // SAFETY: tables are only handed out where the CPU has the features.
-                unsafe { tile_rows::<M, $block, $depth, $fours, $minima>(rows, x, out) }
+                unsafe { tile_rows::<M, $block, $depth, $fours, $minima>(rows, x.x, out) }
             })
         };
     }

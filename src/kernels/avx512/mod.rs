@@ -32,6 +32,7 @@ static KERNELS: Kernels = Kernels {
     dot,
     dot_streams,
     tile,
+    packs: true,
     exact: avx2::exact,
     exact_tile,
     add_loud: avx2::add_loud,
@@ -93,7 +94,8 @@ fn tile(kind: BlockType) -> Option<Tile> {
 
 /// The tile product in f32.
 fn exact_tile(_: BlockType) -> Option<Tile> {
-    Some(entry!(avx2::tile_512))
+    // SAFETY: tables are only handed out where the CPU has the features.
+    Some(|rows, x, out| unsafe { avx2::tile_512(rows, x.x, out) })
 }
 
 macro_rules! load {

@@ -18,11 +18,11 @@
 //! times each step, and the power of two is added to their exponents as an integer.
 
 use std::arch::x86_64::*;
-use std::ops::Range;
 
 use super::panels::Fill;
-use crate::kernels::Activation;
-use crate::kernels::activations::{SCALE_LEN, Span};
+use crate::kernels::Tokens;
+use crate::kernels::activations::SCALE_LEN;
+use crate::kernels::packed::{SPANS, Span, Stretch};
 use crate::kernels::tiles::{
     Fours, Panel, STRETCH, TILE_ROWS, Tile, each_stretch, has_fine_scales, has_minima, offset,
 };
@@ -67,8 +67,8 @@ pub(super) fn tile(kind: BlockType) -> Option<Tile> {
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-fn tile_rows<B: Fill>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TILE_ROWS]]) {
-    let few = x.len() < FEW_TOKENS;
+fn tile_rows<B: Fill>(rows: Rows<'_>, x: Tokens<'_>, out: &mut [[f32; TILE_ROWS]]) {
+    let few = x.x.len() < FEW_TOKENS;
     let multiply = match (has_fine_scales(B::TYPE), has_minima(B::TYPE), few) {
         (false, false, false) => multiply::<1, false, false>,
         (false, false, true) => multiply::<1, false, true>,
@@ -79,16 +79,20 @@ fn tile_rows<B: Fill>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TIL
         (true, true, false) => multiply::<2, true, false>,
         (true, true, true) => multiply::<2, true, true>,
     };
+    let offset = offset(B::TYPE);
+    // A power of two or none: sums are shifted by its exponent.
+    const { assert!(has_minima(B::TYPE) == (self::offset(B::TYPE) == 0)) };
+    debug_assert!(offset == 0 || offset.is_power_of_two());
+    let shift = _mm512_set1_epi32(offset.trailing_zeros() as i32);
     let mut steps = Steps::new();
     each_stretch::<B>(
         rows,
-        x,
+        x.x,
         out,
-        offset(B::TYPE),
+        offset,
         // SAFETY: this function has the features.
         |panel, stretch| unsafe { B::fill(panel, stretch) },
         |panel, columns, out| {
-            let offset = offset(B::TYPE);
             let spans = columns.len() / SCALE_LEN;
             let (groups, damaged) = if has_fine_scales(B::TYPE) {
                 (2 * spans, prepare::<2>(panel, 2 * spans, offset))
@@ -98,13 +102,12 @@ fn tile_rows<B: Fill>(rows: Rows<'_>, x: &[Activation<'_>], out: &mut [[f32; TIL
             if !few {
                 steps.fill(&panel.scales[..groups]);
             }
-            // A power of two or none: sums are shifted by its exponent.
-            debug_assert!(offset == 0 || offset.is_power_of_two());
-            let shift = (offset > 0).then(|| offset.trailing_zeros());
+            let first = columns.start / STRETCH * x.x.len();
+            let tokens = &x.packed[first..first + x.x.len()];
             // The stretch after the next: the next one is on its way.
-            let turns = (spans * x.len().div_ceil(TOKENS)).max(1);
+            let turns = (spans * tokens.len().div_ceil(TOKENS)).max(1);
             let mut ahead = Ahead::new(rows, columns.end + STRETCH, turns);
-            multiply(panel, &steps, shift, &mut ahead, &columns, x, out);
+            multiply(panel, &steps, &shift, &mut ahead, spans, tokens, out);
             if damaged != 0 {
                 for (r, sum) in out.iter_mut().flat_map(|out| out.iter_mut().enumerate()) {
                     if damaged >> r & 1 == 1 {
@@ -228,158 +231,138 @@ impl Steps {
 static STEP_FACTORS: [f32; Span::STEPS + 1] =
     [1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875, f32::NAN];
 
-/// Adds the products of a panel with all tokens; a weight scale covers `32 / FINE` columns. What is read next is
-/// asked for on the way: the next tokens' spans, and what is `ahead`.
+/// Adds the products of a panel with the first `spans` spans of all tokens; a weight scale covers `32 / FINE` columns.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 fn multiply<const FINE: usize, const MINIMA: bool, const FEW: bool>(
     panel: &Panel,
     steps: &Steps,
-    shift: Option<u32>,
+    shift: &__m512i,
     ahead: &mut Ahead,
-    columns: &Range<usize>,
-    x: &[Activation<'_>],
-    out: &mut [[f32; TILE_ROWS]],
+    spans: usize,
+    mut tokens: &[Stretch],
+    mut out: &mut [[f32; TILE_ROWS]],
 ) {
-    let spans = columns.start / SCALE_LEN..columns.end / SCALE_LEN;
-    // After the last token comes the first one's next stretch, or, in the tile that follows, its first.
-    let after = match x.first() {
-        Some(first) if spans.end < first.spans.len() => {
-            spans.end..(spans.end + spans.len()).min(first.spans.len())
-        }
-        _ => 0..spans.len(),
-    };
-    let (all, mut x, mut out) = (x, x, out);
-    while !x.is_empty() {
+    while !tokens.is_empty() {
         // The last two blocks share what is left: one of a single token would leave the pipes waiting.
-        let tokens = match x.len() {
-            left if left > 2 * TOKENS => TOKENS,
-            left => left.div_ceil(left.div_ceil(TOKENS)),
+        let (block, blocks) = match tokens.len() {
+            left if left > 2 * TOKENS => (TOKENS, (left - TOKENS - 1) / TOKENS),
+            left => (left.div_ceil(left.div_ceil(TOKENS)), 1),
         };
-        let (now, later) = x.split_at(tokens);
+        let (now, later) = tokens.split_at(block * blocks);
         let (sums, sums_later) = out.split_at_mut(now.len());
-        let (next, next_spans) = if later.is_empty() {
-            (all, &after)
-        } else {
-            (later, &spans)
-        };
         macro_rules! with {
             ($($tokens:literal)*) => {
-                match now.len() {
+                match block {
                     $($tokens => {
-                        let mut some = [&[][..]; $tokens];
-                        for (some, x) in some.iter_mut().zip(now) {
-                            *some = &x.spans[spans.clone()];
-                        }
-                        let mut soon = [std::ptr::null(); $tokens];
-                        for (soon, x) in soon.iter_mut().zip(next) {
-                            *soon = x.spans[next_spans.clone()].as_ptr();
-                        }
-                        let sums = sums.try_into().expect("as many");
-                        block::<$tokens, FINE, MINIMA, FEW>(panel, steps, shift, ahead, some, soon, sums)
+                        let (now, sums) = (now.as_chunks().0, sums.as_chunks_mut().0);
+                        multiply_blocks::<$tokens, FINE, MINIMA, FEW>(panel, steps, shift, ahead, spans, now, sums)
                     })*
                     _ => unreachable!("blocks hold up to six tokens"),
                 }
             };
         }
         with!(1 2 3 4 5 6);
-        (x, out) = (later, sums_later);
+        (tokens, out) = (later, sums_later);
     }
 }
 
-/// The innermost loops, for `T` tokens; the spans that begin at `next` are asked for, and some of what is `ahead`.
+/// The innermost loops, for blocks of `T` tokens. What is read next is asked for on the way: as many tokens as these,
+/// which lie behind them, and what is `ahead`.
 #[inline(never)] // a function of its own keeps the registers for these loops
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-fn block<const T: usize, const FINE: usize, const MINIMA: bool, const FEW: bool>(
+fn multiply_blocks<const T: usize, const FINE: usize, const MINIMA: bool, const FEW: bool>(
     panel: &Panel,
     steps: &Steps,
-    shift: Option<u32>,
+    shift: &__m512i,
     ahead: &mut Ahead,
-    x: [&[Span]; T],
-    next: [*const Span; T],
-    out: &mut [[f32; TILE_ROWS]; T],
+    spans: usize,
+    blocks: &[[Stretch; T]],
+    out: &mut [[[f32; TILE_ROWS]; T]],
 ) {
-    let spans = x[0].len();
-    assert!(spans <= STRETCH / SCALE_LEN && x.iter().all(|x| x.len() == spans));
-    let mut sums = [[_mm512_setzero_ps(); 2]; T];
-    for t in 0..T {
-        sums[t] = load_two(&out[t]);
-    }
-    // A group is what a weight scale covers: a span or half of one.
-    for g in 0..spans * FINE {
-        // SAFETY: there are no more spans, and no more groups than a panel has (asserted above).
-        let (x, codes, scales, steps, minima) = unsafe {
-            (
-                std::array::from_fn::<&Span, T, _>(|t| x[t].get_unchecked(g / FINE)),
-                panel.codes.get_unchecked(g * 8 / FINE..(g + 1) * 8 / FINE),
-                panel.scales.get_unchecked(g),
-                steps.0.get_unchecked(g),
-                panel.minima.get_unchecked(g),
-            )
-        };
-        let half = g % FINE;
-        if half == 0 {
-            ahead.ask();
-            for next in next {
-                // A prefetch reads nothing and may name any address.
-                _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(g / FINE).cast());
-            }
-        }
-        let mut dots = [[_mm512_setzero_si512(); 2]; T];
-        if let Some(shift) = shift {
-            // By a register of counts: with one count for all lanes a shift would take a multiplier's place.
-            let shift = _mm512_set1_epi32(shift as i32);
-            for t in 0..T {
-                let minus_sum = if FINE == 2 {
-                    x[t].minus_sums[half]
-                } else {
-                    x[t].minus_sum
-                };
-                dots[t] = [_mm512_sllv_epi32(_mm512_set1_epi32(minus_sum), shift); 2];
-            }
-        }
-        for k in 0..8 / FINE {
-            let codes = load_codes(&codes[k]);
-            for t in 0..T {
-                let q: &[[i8; 4]; 8] = bytemuck::cast_ref(&x[t].q);
-                let four = _mm512_set1_epi32(bytemuck::cast(q[half * (8 / FINE) + k]));
-                dots[t][0] = _mm512_dpbusd_epi32(dots[t][0], codes[0], four);
-                dots[t][1] = _mm512_dpbusd_epi32(dots[t][1], codes[1], four);
-            }
-        }
+    assert!(spans <= SPANS);
+    let shift = *shift;
+    for (x, out) in blocks.iter().zip(out) {
+        let mut sums = [[_mm512_setzero_ps(); 2]; T];
         for t in 0..T {
-            let step = x[t].step() as usize;
-            let scales = if FEW {
-                // SAFETY: there are as many factors as steps.
-                let factor = _mm512_set1_ps(unsafe { *STEP_FACTORS.get_unchecked(step) });
-                load_two(scales).map(|scale| _mm512_mul_ps(scale, factor))
-            } else {
-                // SAFETY: there are as many products as steps.
-                load_two(unsafe { steps.get_unchecked(step) })
-            };
-            let exponent = _mm512_set1_epi32(x[t].exponent);
-            for b in 0..2 {
-                let scale = _mm512_add_epi32(_mm512_castps_si512(scales[b]), exponent);
-                let dot = _mm512_cvtepi32_ps(dots[t][b]);
-                sums[t][b] = _mm512_fmadd_ps(dot, _mm512_castsi512_ps(scale), sums[t][b]);
-            }
+            sums[t] = load_two(&out[t]);
         }
-        if MINIMA {
-            let minima = load_two(minima);
+        // A group is what a weight scale covers: a span or half of one.
+        for g in 0..spans * FINE {
+            // SAFETY: there are no more spans, and no more groups than a panel has (asserted above).
+            let (x, codes, scales, steps, minima) = unsafe {
+                (
+                    std::array::from_fn::<&Span, T, _>(|t| x[t].get_unchecked(g / FINE)),
+                    panel.codes.get_unchecked(g * 8 / FINE..(g + 1) * 8 / FINE),
+                    panel.scales.get_unchecked(g),
+                    steps.0.get_unchecked(g),
+                    panel.minima.get_unchecked(g),
+                )
+            };
+            let half = g % FINE;
+            if half == 0 {
+                ahead.ask();
+                for x in x {
+                    let next = (&raw const *x).wrapping_add(T * SPANS);
+                    // A prefetch reads nothing and may name any address.
+                    _mm_prefetch::<_MM_HINT_T0>(next.cast());
+                }
+            }
+            let mut dots = [[_mm512_setzero_si512(); 2]; T];
+            if !MINIMA {
+                for t in 0..T {
+                    let minus_sum = if FINE == 2 {
+                        x[t].minus_sums[half]
+                    } else {
+                        x[t].minus_sum
+                    };
+                    // By a register of counts: with one count for all lanes a shift would take a multiplier's place.
+                    dots[t] = [_mm512_sllv_epi32(_mm512_set1_epi32(minus_sum), shift); 2];
+                }
+            }
+            for k in 0..8 / FINE {
+                let codes = load_codes(&codes[k]);
+                for t in 0..T {
+                    let q: &[[i8; 4]; 8] = bytemuck::cast_ref(&x[t].q);
+                    let four = _mm512_set1_epi32(bytemuck::cast(q[half * (8 / FINE) + k]));
+                    dots[t][0] = _mm512_dpbusd_epi32(dots[t][0], codes[0], four);
+                    dots[t][1] = _mm512_dpbusd_epi32(dots[t][1], codes[1], four);
+                }
+            }
             for t in 0..T {
-                let scaled_sum = if FINE == 2 {
-                    x[t].scaled_sums[half]
+                let step = x[t].step() as usize;
+                let scales = if FEW {
+                    // SAFETY: there are as many factors as steps.
+                    let factor = _mm512_set1_ps(unsafe { *STEP_FACTORS.get_unchecked(step) });
+                    load_two(scales).map(|scale| _mm512_mul_ps(scale, factor))
                 } else {
-                    x[t].scaled_sum
+                    // SAFETY: there are as many products as steps.
+                    load_two(unsafe { steps.get_unchecked(step) })
                 };
-                let scaled_sum = _mm512_set1_ps(scaled_sum);
+                let exponent = _mm512_set1_epi32(x[t].exponent);
                 for b in 0..2 {
-                    sums[t][b] = _mm512_fnmadd_ps(minima[b], scaled_sum, sums[t][b]);
+                    let scale = _mm512_add_epi32(_mm512_castps_si512(scales[b]), exponent);
+                    let dot = _mm512_cvtepi32_ps(dots[t][b]);
+                    sums[t][b] = _mm512_fmadd_ps(dot, _mm512_castsi512_ps(scale), sums[t][b]);
+                }
+            }
+            if MINIMA {
+                let minima = load_two(minima);
+                for t in 0..T {
+                    let scaled_sum = if FINE == 2 {
+                        x[t].scaled_sums[half]
+                    } else {
+                        x[t].scaled_sum
+                    };
+                    let scaled_sum = _mm512_set1_ps(scaled_sum);
+                    for b in 0..2 {
+                        sums[t][b] = _mm512_fnmadd_ps(minima[b], scaled_sum, sums[t][b]);
+                    }
                 }
             }
         }
-    }
-    for t in 0..T {
-        store_two(&mut out[t], sums[t]);
+        for t in 0..T {
+            store_two(&mut out[t], sums[t]);
+        }
     }
 }
 

@@ -48,6 +48,7 @@ const fn table<M: Multiply>(name: &'static str, tile: fn(BlockType) -> Option<Ti
         dot: dot::<M>,
         dot_streams: |_| None,
         tile,
+        packs: false,
         exact,
         exact_tile,
         add_loud: |rows, loud, out| loud::add(rows, loud, out),
@@ -105,7 +106,7 @@ fn exact(kind: BlockType) -> DotRows {
 
 /// The tile product in f32: rows are decoded once for all tokens.
 fn exact_tile(_: BlockType) -> Option<Tile> {
-    Some(|rows, x, out| super::tiles::decoded(rows, x, out, entry!(dot_floats::<F32>)))
+    Some(|rows, x, out| super::tiles::decoded(rows, x.x, out, entry!(dot_floats::<F32>)))
 }
 
 /// Tiles for floats alone: of the base level's dots, unpacking is a sixth (Q4_K) to two fifths (Q5_K) of

@@ -38,7 +38,7 @@ pub(super) fn tile<L: Level>(kind: BlockType) -> Option<Tile> {
         ($block:ty) => {
             Some(|rows, x, out| {
                 // SAFETY: tables are only handed out where the CPU has the level's instructions.
-                unsafe { tile_rows::<L, $block>(rows, x, out) }
+                unsafe { tile_rows::<L, $block>(rows, x.x, out) }
             })
         };
     }
