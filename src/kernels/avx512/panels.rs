@@ -145,8 +145,9 @@ macro_rules! turn {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn every_fourth(a: __m128i, b: __m128i, c: __m128i, d: __m128i) -> __m512i {
-    let a = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(a), b);
-    _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(a, c), d)
+    // By two pairs: an insertion into half a register costs half as much.
+    let pair = |low, high| _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(low), high);
+    _mm512_inserti64x4::<1>(_mm512_castsi256_si512(pair(a, b)), pair(c, d))
 }
 
 /// Transposes within each 128 bits: register `k` holds the rows `k`, `4 + k`, `8 + k`, `12 + k`.
