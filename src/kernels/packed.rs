@@ -160,21 +160,20 @@ impl<'a> Batch<'a> {
             // Not resized, which would copy what is there.
             *storage = bytemuck::zeroed_vec(len);
         }
-        let packed = &mut storage[..len];
-        pool.chunks(packed, TASK, |task, places| {
-            for (index, place) in (task * TASK..).zip(places) {
-                let token = index / self.stretches;
-                let before = |chunk: &Range<usize>| chunk.end <= token;
-                let chunk = self.chunks.get(self.chunks.partition_point(before));
-                let Some(chunk) = chunk.filter(|chunk| chunk.start <= token) else {
-                    continue; // in no group
-                };
-                let index = index - chunk.start * self.stretches;
-                let x = &self.x[chunk.start + index % chunk.len()];
-                pack_stretch(x, index / chunk.len(), place);
-            }
-        });
-        packed
+        for chunk in &self.chunks {
+            let x = &self.x[chunk.clone()];
+            pool.chunks(&mut storage[self.places(chunk)], TASK, |task, places| {
+                for (index, place) in (task * TASK..).zip(places) {
+                    pack_stretch(&x[index % x.len()], index / x.len(), place);
+                }
+            });
+        }
+        &storage[..len]
+    }
+
+    /// Where the stretches of a chunk are packed.
+    fn places(&self, chunk: &Range<usize>) -> Range<usize> {
+        chunk.start * self.stretches..chunk.end * self.stretches
     }
 
     /// The chunks of a group.
@@ -188,7 +187,7 @@ impl<'a> Batch<'a> {
         chunks.map(|chunk| Tokens {
             first: chunk.start,
             x: &self.x[chunk.clone()],
-            packed: &self.packed[chunk.start * self.stretches..chunk.end * self.stretches],
+            packed: &self.packed[self.places(chunk)],
         })
     }
 }
@@ -217,13 +216,17 @@ mod tests {
     use super::*;
     use crate::kernels::scalar;
 
-    #[test]
-    fn a_chunk_holds_each_stretch_of_its_tokens_one_behind_the_other() {
-        let pool = Pool::new(2).unwrap();
-        let kernels = Kernels {
+    /// Kernels whose tiles read packed tokens, on any CPU.
+    fn packing() -> Kernels {
+        Kernels {
             packs: true,
             ..scalar::KERNELS
-        };
+        }
+    }
+
+    #[test]
+    fn a_chunk_holds_each_stretch_of_its_tokens_one_behind_the_other() {
+        let (pool, kernels) = (Pool::new(2).unwrap(), packing());
         // Two stretches and a half, and a group that is more than a chunk.
         let (cols, tokens) = (640, TILE_TOKENS + 24);
         let mut x = Activations::new(tokens, cols);
@@ -270,11 +273,7 @@ mod tests {
 
     #[test]
     fn generation_packs_nothing() {
-        let pool = Pool::new(1).unwrap();
-        let kernels = Kernels {
-            packs: true,
-            ..scalar::KERNELS
-        };
+        let (pool, kernels) = (Pool::new(1).unwrap(), packing());
         let mut x = Activations::new(20, 64);
         x.fill(&pool, &kernels, 20, |_, x| x.fill(1.0));
         let mut storage = Storage::default();
